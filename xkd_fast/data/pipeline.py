@@ -70,11 +70,11 @@ def check_against_model(data: DataOptions, mel: MelOptions, model: ModelOptions)
     if audio.local_views:
         views.append(("data.local_audio_seconds", data.local_samples, "model.audio.local_frames", audio.local_frames))
     for key, samples, frames_key, needed in views:
-        given = samples // mel.hop + 1
+        given, largest_hop = samples // mel.hop + 1, max(1, samples // max(1, needed - 1))
         if given < needed:
             raise ValueError(
-                f"{key} gives {samples} samples, {given} spectrogram frames at mel.hop = {mel.hop}, but {frames_key} = {needed} are "
-                f"needed; lengthen it, or set mel.hop to at most {max(1, samples // max(1, needed - 1))}"
+                f"{key} gives {samples} samples, {given} spectrogram frames at mel.hop = {mel.hop}, but "
+                f"{frames_key} = {needed} are needed; lengthen it, or set mel.hop to at most {largest_hop}"
             )
         if samples <= mel.n_fft // 2:
             raise ValueError(

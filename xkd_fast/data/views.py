@@ -5,15 +5,14 @@ Dimension names: B clips, C channels, T frames, H height, W width, F mel bins; l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from xkd_fast.model.options import FORBID_EXTRA, option
-
-Range = tuple[float, float]
+from xkd_fast.model.options import FORBID_EXTRA, AudioOptions, VideoOptions, option
 
 
 def _require(condition: bool, message: str) -> None:
@@ -21,7 +20,7 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _require_range(key: str, bounds: Range, lowest: float, highest: float = float("inf")) -> None:
+def _require_range(key: str, bounds: tuple[float, float], lowest: float, highest: float = float("inf")) -> None:
     low, high = bounds
     _require(
         lowest < low <= high <= highest,
@@ -36,10 +35,12 @@ class VideoViewOptions:
 
     __pydantic_config__ = FORBID_EXTRA
 
-    crop_area: Range = option(
+    crop_area: tuple[float, float] = option(
         (0.2, 1.0), "share of the frame's area a random crop covers, 0-1; [1, 1] with crop_aspect [1, 1] = centre square"
     )
-    crop_aspect: Range = option((3 / 4, 4 / 3), "width over height of a random crop, log-uniform; [1, 1] = square")
+    crop_aspect: tuple[float, float] = option(
+        (3 / 4, 4 / 3), "width over height of a random crop, log-uniform; [1, 1] = square"
+    )
     flip: float = option(0.5, "probability of a horizontal flip, 0-1; 0 = off")
     brightness: float = option(0.4, "brightness factor uniform in 1 ± this; 0 = off")
     contrast: float = option(0.4, "contrast factor, about each frame's mean grey, uniform in 1 ± this; 0 = off")
@@ -47,7 +48,7 @@ class VideoViewOptions:
     hue: float = option(0.2, "hue shift uniform in ± this share of a full turn, 0-0.5; 0 = off")
     greyscale: float = option(0.0, "probability of turning grey, 0-1; 0 = off")
     blur: float = option(0.0, "probability of a Gaussian blur, 0-1; 0 = off")
-    blur_sigma: Range = option(
+    blur_sigma: tuple[float, float] = option(
         (0.1, 2.0), "standard deviation of the blur, pixels of the view; its kernel is size // 20 * 2 + 1 wide"
     )
 
@@ -69,10 +70,10 @@ class AudioViewOptions:
     __pydantic_config__ = FORBID_EXTRA
 
     volume: float = option(0.1, "waveform scaled by a factor uniform in 1 ± this; 0 = off")
-    crop_canvas: Range = option(
+    crop_canvas: tuple[float, float] = option(
         (1.0, 1.0), "zero canvas around the spectrogram, (mel bins, frames) over the view's own; [1, 1] = none"
     )
-    crop_scale: Range = option(
+    crop_scale: tuple[float, float] = option(
         (1.0, 1.0), "height and width of the spectrogram crop over the view's own; [1, 1] with crop_canvas [1, 1] = off"
     )
 
@@ -170,3 +171,204 @@ class MaskNoise:
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> MaskNoise:
         """The noise on ``device``."""
         return MaskNoise(self.video.to(device, non_blocking=non_blocking), self.audio.to(device, non_blocking=non_blocking))
+
+
+@dataclass(frozen=True)
+class VideoDraw:
+    """The random choices of one video view, the same for all its frames."""
+
+    start: int  # first frame of the view, counted within the clip
+    crop: tuple[int, int, int, int]  # top, left, height, width in the (resized) frame, pixels
+    flip: bool
+    order: tuple[int, ...]  # order in which brightness 0, contrast 1, saturation 2 and hue 3 are applied
+    brightness: float  # factor
+    contrast: float  # factor
+    saturation: float  # factor
+    hue: float  # shift, in turns
+    grey: bool
+    blur_sigma: float  # pixels of the view; 0 = no blur
+
+
+@dataclass(frozen=True)
+class AudioDraw:
+    """The random choices of one audio view."""
+
+    start: int  # first sample of the view, counted within the clip
+    volume: float  # factor
+    crop: tuple[int, int, int, int] | None  # top, left, height, width in the spectrogram's canvas; None = no crop
+
+
+@dataclass(frozen=True)
+class ClipDraw:
+    """Every random choice of one clip but its mask noise."""
+
+    start_frame: int  # of the stored video
+    start_sample: int  # of the stored audio: the same moment
+    video_global: VideoDraw
+    audio_global: AudioDraw
+    video_locals: tuple[VideoDraw, ...]
+    audio_locals: tuple[AudioDraw, ...]
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """What a stored sample holds, as far as drawing a clip from it must know."""
+
+    frames: int
+    samples: int  # of audio
+    height: int  # pixels
+    width: int  # pixels
+
+
+@dataclass(frozen=True)
+class ViewShape:
+    """Sizes of a clip and of its views, gathered from the model's and the data's options."""
+
+    fps: float
+    sample_rate: int
+    clip_samples: int  # audio samples of the clip
+    local_samples: int  # audio samples of a local audio view
+    video: VideoOptions
+    audio: AudioOptions
+
+
+DRAWS_PER_VIEW = 64  # uniforms set aside for a view: 10 tries at a crop take 40, the other choices 14
+
+
+def uniform_between(u: float, low: float, high: float) -> float:
+    """``u`` in [0, 1) stretched to [low, high)."""
+    return low + (high - low) * u
+
+
+def integer_below(u: float, count: int) -> int:
+    """``u`` in [0, 1) as one of 0 … count − 1, evenly."""
+    return min(int(u * count), count - 1)
+
+
+def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width of a frame resized so that its shorter side is ``short_side`` pixels (the longer one truncated)."""
+    if height <= width:
+        return short_side, short_side * width // height
+    return short_side * height // width, short_side
+
+
+def draw_crop(
+    uniforms: Iterator[float], height: int, width: int, area: tuple[float, float], aspect: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """A random crop (top, left, height, width) whose share of the area is uniform and whose aspect is log-uniform.
+
+    Ten tries at a crop that fits; failing that, the largest centred crop whose aspect lies within bounds.
+    """
+    for _ in range(10):
+        pixels = height * width * uniform_between(next(uniforms), *area)
+        ratio = math.exp(uniform_between(next(uniforms), math.log(aspect[0]), math.log(aspect[1])))
+        u_top, u_left = next(uniforms), next(uniforms)
+        crop_height, crop_width = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
+        if 0 < crop_height <= height and 0 < crop_width <= width:
+            top = integer_below(u_top, height - crop_height + 1)
+            left = integer_below(u_left, width - crop_width + 1)
+            return top, left, crop_height, crop_width
+    ratio = min(max(width / height, aspect[0]), aspect[1])
+    crop_height, crop_width = min(height, round(width / ratio)), min(width, round(height * ratio))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def _draw_order(uniforms: Iterator[float]) -> tuple[int, ...]:
+    # Fisher-Yates over the four colour operations
+    order = [0, 1, 2, 3]
+    for last in (3, 2, 1):
+        other = integer_below(next(uniforms), last + 1)
+        order[last], order[other] = order[other], order[last]
+    return tuple(order)
+
+
+def draw_video_view(
+    uniforms: Iterator[float], options: VideoViewOptions, height: int, width: int, clip_frames: int, view_frames: int
+) -> VideoDraw:
+    """One video view of frames ``height`` × ``width`` pixels; takes at most `DRAWS_PER_VIEW` numbers from ``uniforms``."""
+
+    def factor(strength: float) -> float:
+        return uniform_between(next(uniforms), 1 - strength, 1 + strength)
+
+    return VideoDraw(
+        start=integer_below(next(uniforms), clip_frames - view_frames + 1),
+        flip=next(uniforms) < options.flip,
+        order=_draw_order(uniforms),
+        brightness=factor(options.brightness),
+        contrast=factor(options.contrast),
+        saturation=factor(options.saturation),
+        hue=uniform_between(next(uniforms), -options.hue, options.hue),
+        grey=next(uniforms) < options.greyscale,
+        blur_sigma=uniform_between(next(uniforms), *options.blur_sigma) if next(uniforms) < options.blur else 0.0,
+        crop=draw_crop(uniforms, height, width, options.crop_area, options.crop_aspect),
+    )
+
+
+def canvas_size(options: AudioViewOptions, mel_bins: int, frames: int) -> tuple[int, int]:
+    """Mel bins and frames of the zero canvas around a spectrogram (truncated)."""
+    return int(options.crop_canvas[0] * mel_bins), int(options.crop_canvas[1] * frames)
+
+
+def draw_audio_view(
+    uniforms: Iterator[float],
+    options: AudioViewOptions,
+    mel_bins: int,
+    frames: int,
+    clip_samples: int,
+    view_samples: int,
+    start_step: int,
+) -> AudioDraw:
+    """One audio view of ``mel_bins`` × ``frames``; takes at most `DRAWS_PER_VIEW` numbers from ``uniforms``."""
+    start = start_step * integer_below(next(uniforms), (clip_samples - view_samples) // start_step + 1)
+    volume = uniform_between(next(uniforms), 1 - options.volume, 1 + options.volume)
+    crop = None
+    if options.crops:
+        canvas_bins, canvas_frames = canvas_size(options, mel_bins, frames)
+        height = max(1, min(int(mel_bins * uniform_between(next(uniforms), *options.crop_scale)), canvas_bins))
+        width = max(1, min(int(frames * uniform_between(next(uniforms), *options.crop_scale)), canvas_frames))
+        top = integer_below(next(uniforms), canvas_bins - height + 1)
+        left = integer_below(next(uniforms), canvas_frames - width + 1)
+        crop = top, left, height, width
+    return AudioDraw(start=start, volume=volume, crop=crop)
+
+
+def last_start(stored: ClipShape, shape: ViewShape) -> int:
+    """The last frame a whole clip can start at: both modalities must last. 0 where the sample is shorter than the clip."""
+    heard = math.ceil(stored.samples * shape.fps / shape.sample_rate)
+    return max(0, min(stored.frames, heard) - shape.video.frames)
+
+
+def draw_clip(uniforms: Sequence[float], stored: ClipShape, shape: ViewShape, options: AugmentOptions) -> ClipDraw:
+    """One clip and all its views from ``uniforms`` in [0, 1).
+
+    Each view reads its own `DRAWS_PER_VIEW` numbers, so what one view draws does not move another's. `draws_per_clip` says
+    how many are needed.
+    """
+    video, audio = shape.video, shape.audio
+    height, width = stored.height, stored.width
+    if options.short_side_first:
+        height, width = short_side_size(height, width, video.size)
+    own = (iter(uniforms[start : start + DRAWS_PER_VIEW]) for start in range(1, len(uniforms), DRAWS_PER_VIEW))
+
+    def video_view(view: VideoViewOptions, frames: int) -> VideoDraw:
+        return draw_video_view(next(own), view, height, width, video.frames, frames)
+
+    def audio_view(view: AudioViewOptions, frames: int, samples: int) -> AudioDraw:
+        return draw_audio_view(next(own), view, audio.mel_bins, frames, shape.clip_samples, samples, options.audio_start_step)
+
+    start = integer_below(uniforms[0], last_start(stored, shape) + 1)
+    return ClipDraw(
+        start_frame=start,
+        start_sample=round(start * shape.sample_rate / shape.fps),
+        video_global=video_view(options.video_global, video.frames),
+        audio_global=audio_view(options.audio_global, audio.frames, shape.clip_samples),
+        video_locals=tuple(video_view(options.video_local, video.local_frames) for _ in range(video.local_views)),
+        audio_locals=tuple(
+            audio_view(options.audio_local, audio.local_frames, shape.local_samples) for _ in range(audio.local_views)
+        ),
+    )
+
+
+def draws_per_clip(shape: ViewShape) -> int:
+    """How many uniforms `draw_clip` reads from."""
+    return 1 + DRAWS_PER_VIEW * (2 + shape.video.local_views + shape.audio.local_views)
