@@ -428,9 +428,9 @@ class XKD(nn.Module):
             name: mmd_loss(everyone(rows["video"]), everyone(rows["audio"]), objective.mmd_gammas)
             for name, rows in (("student", student), ("teacher", teacher))
         }
-        terms = [(sum(term.values()) / 2) for term in (recon, distil, align)]
+        terms = [(a + b) / 2 for a, b in (recon.values(), distil.values(), align.values())]
         term_weights = (objective.reconstruction_weight, objective.distillation_weight, objective.alignment_weight)
-        total = sum(w * term for w, term in zip(term_weights, terms, strict=True)) / sum(term_weights)
+        total = (torch.stack(terms) * terms[0].new_tensor(term_weights)).sum() / sum(term_weights)
         return Losses(
             total=total,
             reconstruction=terms[0],

@@ -51,7 +51,7 @@ def _require_mask(key: str, mask_ratio: float, tokens: int) -> None:
     keep = kept_tokens(tokens, mask_ratio)
     _require(
         0 < keep < tokens,
-        f"{key} = {mask_ratio} keeps {keep} of {tokens} tokens visible; choose a ratio that keeps at least 1 and masks at least 1",
+        f"{key} = {mask_ratio} keeps {keep} of {tokens} tokens visible; a ratio must keep at least 1 and mask at least 1",
     )
 
 
@@ -79,7 +79,7 @@ class VideoOptions:
         _require_multiple(f"{key}.local_size", self.local_size, f"{key}.patch_size", self.patch_size)
         _require(
             self.local_frames <= self.frames,
-            f"{key}.local_frames = {self.local_frames} is longer than the clip; it must be at most {key}.frames = {self.frames}",
+            f"{key}.local_frames = {self.local_frames} must be at most the clip's, {key}.frames = {self.frames}",
         )
         _require(self.local_views >= 0, f"{key}.local_views = {self.local_views} must be 0 or more")
         _require(self.channels >= 1, f"{key}.channels = {self.channels} must be 1 or more")
@@ -139,7 +139,7 @@ class AudioOptions:
         _require_multiple(f"{key}.local_frames", self.local_frames, f"{key}.patch_frames", self.patch_frames)
         _require(
             self.local_frames <= self.frames,
-            f"{key}.local_frames = {self.local_frames} is longer than the clip; it must be at most {key}.frames = {self.frames}",
+            f"{key}.local_frames = {self.local_frames} must be at most the clip's, {key}.frames = {self.frames}",
         )
         _require(self.local_views >= 0, f"{key}.local_views = {self.local_views} must be 0 or more")
         _require_mask(f"{key}.mask_ratio", self.mask_ratio, self.tokens)
@@ -240,8 +240,8 @@ class TemperatureOptions:
     def __post_init__(self) -> None:
         for name in ("start", "end"):
             value = getattr(self, name)
-            _require(value > 0, f"model.objective teacher temperature {name} = {value} must be above 0")
-        _require(self.warmup_epochs >= 0, f"model.objective teacher temperature warmup_epochs = {self.warmup_epochs} must be 0 or more")
+            _require(value > 0, f"teacher temperature {name} = {value} must be above 0")
+        _require(self.warmup_epochs >= 0, f"teacher temperature warmup_epochs = {self.warmup_epochs} must be 0 or more")
 
 
 def _audio_temperature() -> TemperatureOptions:
@@ -288,7 +288,9 @@ class ModelOptions:
 
     implementation: Literal["reference"] = option("reference", "which code computes the model")
     variant: Variant = option("xkd", "xkd: a stack per modality; mas: students share one; mats: teachers share one too")
-    teacher_view: TeacherView = option("global", "what the teachers see: the global view (paper) or the first local view (released code)")
+    teacher_view: TeacherView = option(
+        "global", "what the teachers see: the global view (paper) or first local view (released code)"
+    )
     refinement: Refinement = option("mean", "cross-modal feature refinement mode")
     cls_token: bool = option(True, "prepend a CLS token; false: refinement uses the mean attention over all queries")
     mlp_ratio: float = option(4.0, "hidden width of a block's MLP over the block's width")

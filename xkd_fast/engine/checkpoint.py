@@ -1,0 +1,227 @@
+"""Checkpoints: everything a run needs to go on exactly, written so that a crash never harms the last good one.
+
+``checkpoints/step-00000120/`` holds DeepSpeed's files (trainable weights, optimiser shards), ``model.safetensors`` (the whole
+model in our state names: what evaluation reads), ``state.json`` (position in the data and the settings it depends on) and one
+file of random-number states per rank. A checkpoint is written in a directory whose name ends in ``.partial``, flushed to disk
+and renamed; only whole ones carry the plain name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from xkd_fast.engine.engine import Engine
+from xkd_fast.errors import UserError
+from xkd_fast.weights import read_safetensors, write_safetensors
+
+if TYPE_CHECKING:
+    from xkd_fast.config import Config
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands, and what that position depends on."""
+
+    step: int  # optimiser steps taken
+    seed: int
+    samples: int  # size of the training set
+    global_batch: int
+    world_size: int
+    zero_stage: int
+
+    @classmethod
+    def start(cls, config: Config, *, samples: int, world_size: int) -> TrainState:
+        """A run before its first step."""
+        train = config.train
+        return cls(0, config.seed, samples, train.global_batch, world_size, train.zero_stage)
+
+    def after_step(self) -> TrainState:
+        """The state one optimiser step later."""
+        return replace(self, step=self.step + 1)
+
+    def check_same(self, other: TrainState, path: Path) -> None:
+        """Raise ``UserError`` if a run in state ``other`` cannot go on from this checkpoint exactly."""
+        keys = {
+            "seed": "seed",
+            "samples": "data.train (the number of samples)",
+            "global_batch": "train.global_batch",
+            "zero_stage": "train.zero_stage",
+            "world_size": "the number of processes",
+        }
+        for name, key in keys.items():
+            saved, now = getattr(self, name), getattr(other, name)
+            if saved != now:
+                raise UserError(f"{path} was written with {key} = {saved}, this run has {now}; resume with the same value")
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, directory: Path, *, keep: int = 0, every_steps: int = 0) -> None:
+        """``keep``: newest checkpoints kept, 0 = all; ``every_steps``: optimiser steps between two, 0 = none is due."""
+        self.directory, self.keep, self.every_steps = directory, keep, every_steps
+
+    @classmethod
+    def from_config(cls, config: Config) -> Checkpoints:
+        """The checkpoints of the run that ``config`` describes, in ``OUTPUT/checkpoints``."""
+        options = config.checkpoint
+        return cls(Path(config.output) / "checkpoints", keep=options.keep, every_steps=options.every_steps)
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint belongs after ``step`` steps."""
+        return self.every_steps > 0 and step % self.every_steps == 0
+
+    def found(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(path for path in self.directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+
+    def save(self, engine: Engine, state: TrainState, config_text: str) -> Path:
+        """Write a checkpoint; every rank takes part."""
+        final = self.directory / f"step-{state.step:08d}"
+        partial = self.directory / f"{final.name}.partial"
+        is_first = dist.get_rank() == 0
+        if is_first:
+            for leftover in self.directory.glob("step-*.partial"):
+                shutil.rmtree(leftover)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        engine.deepspeed.save_checkpoint(
+            str(self.directory), tag=partial.name, save_latest=False, exclude_frozen_parameters=True
+        )
+        torch.save(random_states(), partial / f"random-{dist.get_rank():05d}.pt")
+        if is_first:
+            metadata = {"step": str(state.step), "config": config_text}
+            write_safetensors(engine.module.state_dict(), partial / "model.safetensors", metadata)
+            (partial / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+        dist.barrier()
+        if is_first:
+            flush_to_disk(partial)
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(partial, final)
+            flush_directory(self.directory)
+            for old in self.found()[: -self.keep] if self.keep else []:
+                shutil.rmtree(old)
+        dist.barrier()
+        return final
+
+    def resolve(self, resume: str) -> Path | None:
+        """The checkpoint that ``resume`` (``none``, ``auto`` or a path) names; None to start afresh.
+
+        Raises:
+            UserError: if a path is given that is no checkpoint.
+        """
+        if resume == "none":
+            return None
+        if resume == "auto":
+            found = self.found()
+            return found[-1] if found else None
+        path = Path(resume)
+        if not (path / "state.json").is_file():
+            inside = Checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path).found()
+            if not inside:
+                raise UserError(f"checkpoint.resume = {resume} holds no checkpoint (a directory step-… with state.json in it)")
+            path = inside[-1]
+        return path
+
+    @staticmethod
+    def load(engine: Engine, path: Path, current: TrainState) -> TrainState:
+        """Restore a checkpoint into ``engine``, which must be in the situation ``current`` describes but for the step.
+
+        Raises:
+            UserError: if it is unreadable or was written by a run that differs.
+        """
+        state = read_state(path)
+        state.check_same(current, path)
+        random_file = path / f"random-{dist.get_rank():05d}.pt"
+        if not random_file.is_file():
+            raise UserError(f"{path} lacks {random_file.name}; it is not a whole checkpoint")
+        saved = read_safetensors(path / "model.safetensors")
+        with _names(path):
+            loaded, _ = engine.deepspeed.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=False)
+            if loaded is None:
+                raise UserError(f"{path} holds no DeepSpeed state that can be loaded")
+            engine.module.load_state_dict(saved)
+        restore_random_states(torch.load(random_file, weights_only=True))
+        return state
+
+
+@contextmanager
+def _names(path: Path) -> Iterator[None]:
+    """Turn a mismatch of names or shapes into an error about the checkpoint."""
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} does not fit this model: {error}. Does the configuration's model section agree?") from error
+
+
+def read_state(path: Path) -> TrainState:
+    """The ``state.json`` of a checkpoint.
+
+    Raises:
+        UserError: if it is missing or malformed.
+    """
+    try:
+        return TrainState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path / 'state.json'} cannot be read: {error}; is {path} a whole checkpoint?") from error
+
+
+def random_states() -> dict[str, Any]:
+    """States of every random-number generator of this process, in types that load without unpickling code."""
+    version, python_state, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    return {
+        "python": (version, python_state, gauss),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """The inverse of :func:`random_states`."""
+    version, python_state, gauss = states["python"]
+    random.setstate((version, tuple(python_state), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def flush_to_disk(directory: Path) -> None:
+    """fsync every file below ``directory``, and the directories."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            flush_directory(path)
+    flush_directory(directory)
+
+
+def flush_directory(directory: Path) -> None:
+    """fsync a directory's entries."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

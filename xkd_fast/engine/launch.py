@@ -1,0 +1,93 @@
+"""Starting the processes of a run: ranks, threads, turns, and how a run is asked to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(hours=2)  # of collectives: the first rank may render and prepare data while the others wait
+
+
+def start_deepspeed() -> Any:
+    """Import DeepSpeed for the device at hand and start the process group; returns the ``deepspeed`` module.
+
+    Ranks come from the environment (``deepspeed``, ``torchrun``, Slurm); without one, a single process trains alone.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(free_port())
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)
+    return deepspeed
+
+
+def free_port() -> int:
+    """A TCP port free at this moment on the loopback interface."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def local_world_size() -> int:
+    """Processes of this run on this machine."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 1
+
+
+def set_threads(threads: int) -> None:
+    """Set torch's threads in this process; 0 shares the cores this process may use among the machine's processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // local_world_size()))
+
+
+def first_rank_first(task: Callable[[], None]) -> None:
+    """Run ``task`` on rank 0 while the others wait; an error there is raised on every rank."""
+    failure: list[BaseException | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            task()
+        except Exception as error:
+            failure[0] = error
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
+
+
+class StopSignal:
+    """SIGTERM (a scheduler's warning) asks for a last checkpoint; all ranks agree on the step to stop at.
+
+    Attributes:
+        agreed: every rank knows that this is the last step.
+    """
+
+    def __init__(self) -> None:
+        self._received = False
+        self.agreed = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+
+    def agree(self, device: torch.device) -> None:
+        """Tell the other ranks; call on the logging path only, it synchronises."""
+        flag = torch.tensor(int(self._received), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        self.agreed = bool(flag.item())

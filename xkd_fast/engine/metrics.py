@@ -1,0 +1,223 @@
+"""What a run reports: losses, health of the distillation, speed. Nothing here waits for the device off the logging path."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from xkd_fast.engine.engine import MODALITIES, Engine
+from xkd_fast.engine.schedule import Moment
+from xkd_fast.errors import UserError
+from xkd_fast.objective.losses import Losses
+
+if TYPE_CHECKING:
+    from xkd_fast.config import Config
+
+NEVER = 2**62
+
+
+class NonFiniteLoss(UserError):
+    """A loss term became NaN or infinite."""
+
+
+def entropy(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """Mean entropy, in nats, of softmax(logits / temperature): [rows, K] → scalar. ln K means uniform: nothing is taught."""
+    log_probabilities = (logits.float() / temperature).log_softmax(dim=-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean()
+
+
+class StepMetrics:
+    """Collects one optimiser step's losses over its micro-batches and remembers, per term, the first step that broke.
+
+    Everything stays on the device until :meth:`report`, which synchronises on purpose and is called on the logging path only.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._names: list[str] = []
+        self._sum: Tensor | None = None
+        self._micro_batches = 0
+        self._first_bad: Tensor | None = None
+        self._last: Losses | None = None
+
+    def add(self, losses: Losses, step: int) -> None:
+        """Take in one micro-batch of step number ``step`` (counted from 1)."""
+        terms = losses.terms()
+        values = torch.stack([value.float() for value in terms.values()])
+        if self._first_bad is None:
+            self._names = list(terms)
+            self._first_bad = torch.full(values.shape, NEVER, dtype=torch.int64, device=values.device)
+        self._first_bad = torch.where(values.isfinite(), self._first_bad, self._first_bad.clamp(max=step))
+        self._sum = values if self._sum is None else self._sum + values
+        self._micro_batches += 1
+        self._last = losses
+
+    def end_step(self) -> None:
+        """Forget the step's sums; the next :meth:`add` starts a new step."""
+        self._sum, self._micro_batches = None, 0
+
+    def check_finite(self) -> None:
+        """Raise :class:`NonFiniteLoss` naming the terms and the first step, if any rank has met one. Synchronises."""
+        if self._first_bad is None:
+            return
+        first = self._first_bad.clone()
+        dist.all_reduce(first, op=dist.ReduceOp.MIN)
+        bad = {name: step for name, step in zip(self._names, first.tolist(), strict=True) if step < NEVER}
+        if bad:
+            start = min(bad.values())
+            culprits = [name for name, step in bad.items() if step == start]
+            sums = ("total", "reconstruction", "distillation", "alignment")
+            named = [name for name in culprits if name not in sums] or culprits
+            raise NonFiniteLoss(
+                f"{', '.join(named)} became NaN or infinite at step {start}; training stopped, the last checkpoint is intact. "
+                "Resume from it (checkpoint.resume=auto) with a lower optimizer.lr, or with train.precision=float32"
+            )
+
+    def report(self) -> dict[str, float]:
+        """The step's terms averaged over micro-batches and ranks, entropies and gradient norm. Synchronises."""
+        assert self._sum is not None and self._last is not None
+        values = {name: value for name, value in zip(self._names, self._sum / self._micro_batches, strict=True)}
+        outputs, module = self._last.outputs, self._engine.module
+        for modality in MODALITIES:
+            centred = outputs.teacher_logits[modality] - module.get_buffer(f"{modality}_centre")
+            temperature = module.get_buffer(f"{modality}_teacher_temperature")
+            values[f"{modality}_teacher_entropy"] = entropy(centred, temperature)
+            student_temperature = module.options.objective.student_temperature
+            values[f"{modality}_student_entropy"] = entropy(outputs.student_logits[modality], student_temperature)
+        vector = torch.stack([value.float() for value in values.values()])
+        dist.all_reduce(vector)
+        vector /= dist.get_world_size()
+        report = dict(zip(values, vector.tolist(), strict=True))
+        report["gradient_norm"] = self._engine.optimizer.gradient_norm().item()
+        return report
+
+
+class Speedometer:
+    """Clips per second and the share of time spent waiting for data, since the last reading."""
+
+    def __init__(self, clips_per_step: int) -> None:
+        self._clips_per_step = clips_per_step
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new measuring interval."""
+        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    def waited(self, seconds: float) -> None:
+        """Count time the step waited for its data."""
+        self._waited += seconds
+
+    def step(self) -> None:
+        """Count one optimiser step."""
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Rates since the last reading, and start a new interval."""
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        rates = {
+            "clips_per_second": self._steps * self._clips_per_step / elapsed,
+            "data_wait_share": self._waited / elapsed,
+        }
+        self.restart()
+        return rates
+
+
+class MetricLog:
+    """Rows of metrics in ``metrics.jsonl``, TensorBoard and, if asked for, Weights & Biases; written by rank 0 alone."""
+
+    def __init__(self, directory: Path, config: Config, resumed_at: int) -> None:
+        """``resumed_at``: rows of later steps, left by an interrupted run, are dropped."""
+        self._file: Any = None
+        self._board: Any = None
+        self._wandb: Any = None
+        if dist.get_rank() != 0:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        if config.log.jsonl:
+            path = directory / "metrics.jsonl"
+            keep_rows(path, resumed_at)
+            self._file = path.open("a", encoding="utf-8")
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
+        if config.log.wandb:
+            self._wandb = start_wandb(directory, config)
+
+    def write(self, row: dict[str, float]) -> None:
+        """Write one row; ``row["step"]`` is its step."""
+        step = int(row["step"])
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(row, step=step)
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def keep_rows(path: Path, last_step: int) -> None:
+    """Drop from a metrics file the rows after ``last_step`` and a torn last line, replacing the file in one step."""
+    if not path.exists():
+        return
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= last_step:
+            rows.append(line)
+    aside = path.with_suffix(".jsonl.partial")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def start_wandb(directory: Path, config: Config) -> Any:
+    """A Weights & Biases run; raises ``UserError`` where the package is missing."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("log.wandb = true needs the package wandb; install it with: pip install 'xkd-fast[wandb]'") from error
+    return wandb.init(dir=str(directory), config=config.as_dict(), resume="allow")
+
+
+def moment_metrics(moment: Moment) -> dict[str, float]:
+    """The schedules' values as metrics."""
+    return {
+        "learning_rate": moment.learning_rate,
+        "video_ema_momentum": moment.video_momentum,
+        "audio_ema_momentum": moment.audio_momentum,
+        "video_teacher_temperature": moment.video_temperature,
+        "audio_teacher_temperature": moment.audio_temperature,
+    }
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Host memory of this process and, on a GPU, the device's peak, in GiB."""
+    metrics = {"host_memory_gib": psutil.Process().memory_info().rss / 2**30}
+    if device.type == "cuda":
+        metrics["gpu_peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return metrics

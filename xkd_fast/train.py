@@ -1,0 +1,184 @@
+"""The main job: pretrain XKD.
+
+``deepspeed xkd_fast/train.py`` trains ``configs/demo.yaml`` and renders its data on first use;
+``deepspeed xkd_fast/train.py --config FILE key.path=value …`` trains anything. ``torchrun``, plain ``python`` and
+``xkd-fast train`` start the same job.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: import the package beside it, installed or not, and hide its modules' bare names
+    root = Path(__file__).resolve().parent.parent
+    sys.path[:1] = [str(root), str(root / "kernels")]
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from xkd_fast.config import Config, load_config, render_config
+from xkd_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from xkd_fast.data.pipeline import ViewPipeline
+    from xkd_fast.data.views import MaskNoise, Views
+    from xkd_fast.engine.reporter import Reporter
+
+EXAMPLES = """examples:
+  deepspeed xkd_fast/train.py                            train the demo; its data is rendered on first use
+  deepspeed xkd_fast/train.py --config xkd_base_k400 'data.train=[/data/k400/shards]' output=runs/k400
+  deepspeed xkd_fast/train.py --config FILE --resume auto        go on from the run's newest checkpoint
+  python xkd_fast/train.py --config FILE --print-config          every option, resolved and explained
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of the job; returns the exit code."""
+    args = parse_arguments(arguments)
+    try:
+        resume = [f"checkpoint.resume={args.resume}"] if args.resume else []
+        config = load_config(args.config, [*args.overrides, *resume])
+        if args.print_config:
+            print(render_config(config), end="")
+        else:
+            train(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="deepspeed xkd_fast/train.py",
+        description="Pretrain XKD, XKD-MAS or XKD-MATS.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", default="demo", help="YAML file, or the name of a shipped one (default: demo)")
+    parser.add_argument("--resume", metavar="none|auto|PATH", help="the same as checkpoint.resume=…")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration with comments, and exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="options that differ from the file")
+    return parser.parse_intermixed_args(arguments)
+
+
+def train(config: Config) -> None:
+    """Train as ``config`` says, from the checkpoint it names if it does.
+
+    Raises:
+        UserError: wrong configuration or data, or a loss that is no longer finite.
+    """
+    import torch.distributed as dist
+
+    from xkd_fast.engine.launch import start_deepspeed
+
+    deepspeed = start_deepspeed()
+    try:
+        run(config, deepspeed)
+    finally:
+        dist.destroy_process_group()
+
+
+def run(config: Config, deepspeed: Any) -> None:
+    """One run inside a process group: data, model, loop."""
+    import torch.distributed as dist
+
+    from xkd_fast.data.demo import ensure_demo_data
+    from xkd_fast.data.pipeline import ViewPipeline
+    from xkd_fast.data.shards import ShardSet
+    from xkd_fast.engine.checkpoint import Checkpoints, TrainState
+    from xkd_fast.engine.engine import Engine
+    from xkd_fast.engine.launch import StopSignal, first_rank_first, set_threads
+    from xkd_fast.engine.reporter import Reporter
+    from xkd_fast.engine.schedule import Schedule
+    from xkd_fast.model.build import build_model
+
+    world_size = dist.get_world_size()
+    set_threads(config.train.threads)
+    first_rank_first(lambda: ensure_demo_data(config.data.demo))
+    first_rank_first(lambda: write_config(config))
+
+    pipeline = ViewPipeline.from_config(config, ShardSet.open(training_shards(config)), dist.get_rank(), world_size)
+    schedule = Schedule(config, pipeline.sampler.steps_per_epoch)
+    engine = Engine(build_model(config.model, seed=config.seed), config, deepspeed)
+    checkpoints = Checkpoints.from_config(config)
+    state = TrainState.start(config, samples=len(pipeline.shards), world_size=world_size)
+    if (path := checkpoints.resolve(config.checkpoint.resume)) is not None:
+        state = checkpoints.load(engine, path, state)
+
+    last_step = min(schedule.total_steps, config.train.stop_after_steps or schedule.total_steps)
+    stop = StopSignal()
+    with pipeline, Reporter(config, engine, state.step, schedule) as reporter:
+        reporter.say(describe(config, engine.device, world_size, pipeline, schedule, path))
+        batches = timed(pipeline.batches(*divmod(state.step, schedule.steps_per_epoch)), reporter)
+        while state.step < last_step and not stop.agreed:
+            moment = schedule.at(state.step)
+            engine.prepare(moment)
+            for _ in range(engine.accumulation):
+                views, masks = next(batches)
+                losses = engine.forward_backward(views.to(engine.device), masks.to(engine.device))
+                reporter.add(losses, state.step + 1)
+                engine.step(moment)
+            state = state.after_step()
+            if reporter.end_step(state.step, moment, pipeline.health, is_last=state.step == last_step):
+                stop.agree(engine.device)
+            if checkpoints.due(state.step) or state.step == last_step or stop.agreed:
+                reporter.check_finite()
+                reporter.say(f"checkpoint {checkpoints.save(engine, state, render_config(config))}")
+
+
+def timed(batches: Iterator[tuple[Views, MaskNoise]], reporter: Reporter) -> Iterator[tuple[Views, MaskNoise]]:
+    """The same batches, with the time spent waiting for each reported."""
+    while True:
+        start = time.perf_counter()
+        batch = next(batches)
+        reporter.waited(time.perf_counter() - start)
+        yield batch
+
+
+def training_shards(config: Config) -> list[Path]:
+    """The shard directories of a run: ``data.train``, or the rendered demo's.
+
+    Raises:
+        UserError: if neither is set.
+    """
+    if config.data.train:
+        return [Path(path) for path in config.data.train]
+    if config.data.demo is None:
+        raise UserError(
+            "data.train is empty: name shard folders made by `xkd-fast prepare`, such as 'data.train=[/data/k400/shards]'"
+        )
+    return [Path(config.data.demo.shards) / "train"]
+
+
+def write_config(config: Config) -> None:
+    """Leave the resolved configuration in the run's folder."""
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    aside = output / "config.yaml.partial"
+    aside.write_text(render_config(config), encoding="utf-8")
+    os.replace(aside, output / "config.yaml")
+
+
+def describe(config: Config, device: Any, world_size: int, pipeline: ViewPipeline, schedule: Any, resumed: Path | None) -> str:
+    """What is about to happen, in a few lines."""
+    train, model = config.train, config.model
+    lines = [
+        f"{model.variant} ({model.implementation}) on {world_size} × {device.type}, {train.precision}, ZeRO {train.zero_stage}",
+        f"{len(pipeline.shards)} clips; {train.global_batch} per step = {world_size} ranks × {train.micro_batch} "
+        f"× {train.accumulation(world_size)} accumulated; {train.epochs} epochs × {schedule.steps_per_epoch} steps",
+        f"peak learning rate {schedule.base_learning_rate:.3g}; run folder {config.output}",
+    ]
+    if resumed is not None:
+        lines.append(f"resumed from {resumed}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
