@@ -324,7 +324,6 @@ def _unknown(key: str) -> str:
     if key in _all_fields():
         section_name, _, name = key.rpartition(".")
         return f"{key} is written with dots, which only overrides are; in a file, write {name} inside {section_name}"
-
     return f"{key} is not an option; the nearest one is {_nearest(key)}"
 
 
@@ -397,7 +396,7 @@ def _value(node: yaml.Node, key: str, lines: dict[str, int]) -> Any:
         for name_node, value_node in node.value:
             if not isinstance(name_node, yaml.ScalarNode):
                 raise _Invalid("a key must be a name", name_node.start_mark.line + 1)
-            name = name_node.value
+            name = _text(name_node.value, name_node.start_mark.line + 1)
             path = f"{key}.{name}" if key else name
             if name in mapping:
                 raise _Invalid(f"{path} is given twice, here and on line {lines[path]}", name_node.start_mark.line + 1)
@@ -408,9 +407,7 @@ def _value(node: yaml.Node, key: str, lines: dict[str, int]) -> Any:
 
 
 def _scalar(node: yaml.Node, line: int) -> Any:
-    text, tag = node.value, node.tag.rpartition(":")[2]
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise _Invalid("text holds half of a surrogate pair", line)
+    text, tag = _text(node.value, line), node.tag.rpartition(":")[2]
     if tag == "str":
         return text
     if tag == "null":
@@ -424,6 +421,12 @@ def _scalar(node: yaml.Node, line: int) -> Any:
     if not math.isfinite(number) or abs(number) > 1e300 or (tag == "int" and abs(number) >= 2**63):
         raise _Invalid(f"{_shorten(text)} is too large a number, or none", line)
     return number
+
+
+def _text(text: str, line: int) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise _Invalid("text holds half of a surrogate pair", line)
+    return text
 
 
 def _shorten(text: str) -> str:
