@@ -1,0 +1,116 @@
+"""Bugs planted one at a time, as they would be typed: each must turn the golden replay red, far above its tolerance."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+import tests.replay_golden
+import xkd_fast.reference
+
+REFERENCE, REPLAY = Path(xkd_fast.reference.__file__), Path(tests.replay_golden.__file__)
+
+
+class Bug(NamedTuple):
+    """What is typed instead of what, and what must come out wrong."""
+
+    wrong: str  # a kind of number of the replay, or "shapes"
+    edits: dict[str, str]  # of reference.py; each key stands there once
+    order: dict[str, str] = {}  # noqa: RUF012 (never written): edits of the replay's order of calls
+    file: str = "xkd_global"
+
+
+TEACHERS = '        reference.update_teachers(model, settings["ema_video"][step], settings["ema_audio"][step])\n'
+CENTRES = "        reference.update_centres(model, losses.outputs.teacher_means)\n"
+CENTRES_IN_LOSS = "        update_centres(self, {m: teacher[m].mean(0) for m in MODALITIES})\n"
+STEP = "        optimizer.step()\n"
+LOCAL_TEACHER = 'local_teacher = self.options.teacher_view == "local"'
+ALL_NORMS = "torch.stack([p.grad.norm() for p in clipped_parameters(model) if p.grad is not None]).norm()"
+
+BUGS = {
+    # the objectives
+    "sign in MMD": Bug("losses", {"- 2 * kernel_mean(x, y)": "+ 2 * kernel_mean(x, y)"}),
+    "MMD's diagonal below 7": Bug("losses", {".square().clamp_min(1e-30)": ".square().add(1e-3)"}),
+    "biased variance of a patch": Bug("losses", {"unbiased=True": "unbiased=False"}),
+    "loss on the visible patches": Bug("losses", {"order[m][:, self.keep(m) :]": "order[m][:, : self.keep(m)]"}),
+    "swapped teacher temperatures": Bug("losses", {'f"{source}_teacher_temp': 'f"{target}_teacher_temp'}),
+    "the other direction's centre": Bug("losses", {'f"{source}_centre"': 'f"{target}_centre"'}),
+    "centre moved before the loss": Bug(
+        "losses", {"        recon = {\n": f"{CENTRES_IN_LOSS}        recon = {{\n"}, {CENTRES: ""}
+    ),
+    "distillation within the modality": Bug("losses", {"student[target],": "student[source],"}),
+    "local views not distilled": Bug("losses", {"log_softmax(dim=-1).reshape": "log_softmax(dim=-1)[: len(teacher)].reshape"}),
+    "teacher's clips paired with other clips": Bug(
+        "losses",
+        {"reshape(-1, *teacher.shape)": "reshape(len(teacher), -1, teacher.shape[1]).transpose(0, 1)"},
+        file="mas_global",
+    ),
+    # masking, teachers and refinement
+    "largest noise visible": Bug("losses", {"argsort(dim=1, stable=True)": "argsort(dim=1, descending=True)"}),
+    "decoder keeps the shuffled order": Bug("losses", {"order.argsort(dim=1).unsqueeze": "order.unsqueeze"}),
+    "teacher on local views": Bug("shapes", {LOCAL_TEACHER: "local_teacher = True"}),
+    "teacher on global views where local is asked": Bug("shapes", {LOCAL_TEACHER: "local_teacher = False"}, file="xkd_local"),
+    "no refinement": Bug("logits", {"refine(tokens[own], weights[own]).mean": "tokens[own].mean"}),
+    "refinement loses the pooled energy": Bug("logits", {"(energy / weighted_energy).sqrt()": "(0 * energy + 1)"}),
+    "refinement not divided by the own mean": Bug("refinement_weights", {" / own.mean(dim=-1, keepdim=True)": ""}),
+    "attention of the first patch, not of CLS": Bug("refinement_weights", {"attention[:, :, 0, 1:]": "attention[:, :, 1, 1:]"}),
+    # the networks
+    "tanh GELU in the head": Bug(
+        "gradients", {"F.gelu(self.norm(self.linear1(pooled)))": "F.gelu(self.norm(self.linear1(pooled)), approximate='tanh')"}
+    ),
+    "LayerNorm eps 1e-6": Bug("gradients", {"LAYER_NORM_EPS = 1e-5": "LAYER_NORM_EPS = 1e-6"}),
+    "interpolation without the 0.1": Bug("logits", {"(n + 0.1) / size": "n / size"}),
+    "audio positions interpolated linearly": Bug("logits", {'"bicubic"': '"bilinear"'}),
+    "prototypes not normalised": Bug("logits", {"F.normalize(self.prototypes, dim=-1)": "self.prototypes"}),
+    "local views before the global one": Bug("logits", {"torch.cat(pooled)": "torch.cat(pooled[::-1])"}),
+    # around the optimiser
+    "clipping decoders too": Bug("weights", {'if p.requires_grad and "_student." in name': "if p.requires_grad"}),
+    "clipping by the global norm": Bug("weights", {"parameter.grad.norm()": ALL_NORMS}),
+    "decay on biases": Bug("weights", {'"weight_decay": 0.0': '"weight_decay": weight_decay'}),
+    "no decay on CLS and positions": Bug(
+        "weights", {"if p.ndim > 1]": "if p.ndim == 2]", "if p.ndim == 1]": "if p.ndim != 2]"}
+    ),
+    "teachers moved before the optimiser": Bug("teachers", {}, {STEP + TEACHERS: TEACHERS + STEP}),
+    "MATS stack moved with one momentum": Bug(
+        "teachers", {"video_momentum * audio_momentum": "video_momentum"}, file="mats_global"
+    ),
+}
+
+
+def edited(path: Path, edits: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module at ``path`` with each edit made at the one place where its text stands."""
+    source = path.read_text()
+    for old, new in edits.items():
+        assert source.count(old) == 1, f"{path.name} holds {old!r} {source.count(old)} times; bring this bug up to date"
+        source = source.replace(old, new)
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up there
+    exec(compile(source, name, "exec"), module.__dict__)
+    return module
+
+
+def replay_with(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, str]]:
+    """The worst errors by kind, and the tensors they belong to."""
+    module = edited(REPLAY, bug.order, "replay_with_bug", monkeypatch)
+    module.reference = edited(REFERENCE, bug.edits, "reference_with_bug", monkeypatch)
+    return module.replay(module.Golden.read(module.GOLDEN / f"{bug.file}.safetensors")).worst
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_turns_the_replay_red(name, monkeypatch):
+    """A replay too blind or too tolerant to see the bug."""
+    bug = BUGS[name]
+    if bug.wrong == "shapes":
+        with pytest.raises(ValueError, match=r"shape \(3, \d+\), expected \(3, \d+\)"):
+            replay_with(bug, monkeypatch)
+    else:
+        error, tensor = replay_with(bug, monkeypatch)[bug.wrong]
+        assert error > 500 * 1e-6, f"{bug.wrong} are off by {error:.1e} only, at {tensor}"
+
+
+def test_replay_without_a_bug_stays_green(monkeypatch):
+    """An editing that is itself a bug, so that everything above is red for no reason."""
+    assert max(error for error, _ in replay_with(Bug("nothing", {}), monkeypatch).values()) < 1e-6
