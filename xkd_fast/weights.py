@@ -15,7 +15,6 @@ each, without prefix (XKD.md section 11); a full released state has the prefixes
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -215,13 +214,12 @@ def read_safetensors(path: str | Path) -> State:
 def _write_aside(path: Path, write: Any) -> None:
     """Write to a neighbour file, flush it to disk, and rename: ``path`` is either the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
