@@ -1,0 +1,88 @@
+"""What an installation consists of: metadata, pinned versions, shipped files."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+
+import xkd_kernels
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest brings there
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def constraints(python_version: str) -> dict[str, str]:
+    """Pinned versions that hold for a Python version, by normalised name."""
+    pins: dict[str, str] = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") or not line.strip():
+            continue
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate(
+            {**default_environment(), "python_version": python_version}
+        ):
+            continue
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        assert name not in pins, f"{name} is pinned twice for Python {python_version}"
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==" and "+" not in specifier.version, line
+        pins[name] = specifier.version
+    return pins
+
+
+@pytest.mark.parametrize("python_version", ["3.10", "3.11", "3.12", "3.13"])
+def test_every_requirement_is_pinned_within_its_range(python_version):
+    """Catches a requirement added or raised without its pin: the demo would then install whatever is newest that day."""
+    pins = constraints(python_version)
+    extras = PROJECT["optional-dependencies"]
+    wanted = PROJECT["dependencies"] + [line for extra in ("cuda13", "test", "dev") for line in extras[extra]]
+    for line in wanted:
+        requirement = Requirement(line)
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        assert name in pins, f"{name} is not in constraints.txt"
+        assert pins[name] in requirement.specifier, f"{name}=={pins[name]} does not satisfy {line}"
+
+
+def test_names_that_are_not_the_real_thing_are_never_required():
+    """Catches `nvidia-dali` and `apex` as requirements: those names on the package index belong to others."""
+    extras = PROJECT["optional-dependencies"]
+    names = {Requirement(line).name.lower() for line in [*PROJECT["dependencies"], *(x for e in extras.values() for x in e)]}
+    assert names.isdisjoint({"nvidia-dali", "apex"})
+    assert {"cuda12", "cuda13", "xformers", "wandb", "test", "dev"} <= set(extras)
+
+
+def test_kernels_import_under_their_own_name_and_version():
+    """Catches a package_dir that maps xkd_kernels elsewhere, and versions that drift apart."""
+    assert Path(xkd_kernels.__file__).parent.name == "xkd_kernels"
+    assert xkd_kernels.__version__ == PROJECT["version"]
+
+
+def test_a_wheel_carries_packages_and_configurations(tmp_path):
+    """Catches an installed `xkd-fast train` that finds no demo.yaml, and packages missing from the wheel."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "configs", "kernels", "xkd_fast"):
+        (source / name).symlink_to(ROOT / name)
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=120)
+    (wheel,) = source.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "xkd_fast").rglob("*.py")}
+    expected |= {f"xkd_fast/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    expected |= {f"xkd_kernels/{path.name}" for path in (ROOT / "kernels" / "xkd_kernels").glob("*.py")}
+    assert expected <= names
+    assert not any(name.startswith(("tests/", "configs/", "kernels/")) for name in names)
+    entry_points = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    assert "xkd-fast = xkd_fast.cli:main" in entry_points
