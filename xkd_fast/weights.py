@@ -216,7 +216,10 @@ def _write_aside(path: Path, write: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors makes its files private, whatever the umask
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
