@@ -18,7 +18,7 @@ def warmup_cosine(step: int, base: float, warmup_steps: int, total_steps: int) -
     The cosine is base·½(1 + cos(π·i/n)) for i = 0 … n − 1, so it starts at ``base`` again and 0 is never reached.
     """
     if step < warmup_steps:
-        return base * step / max(warmup_steps - 1, 1)
+        return base * (step / max(warmup_steps - 1, 1))  # the ratio first: its last value is exactly 1
     remaining = total_steps - warmup_steps
     return base * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / remaining))
 
