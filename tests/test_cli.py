@@ -1,0 +1,216 @@
+"""The command line: help, wrong input, and what the commands print."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from xkd_fast import cli, doctor
+from xkd_fast.errors import UserError
+from xkd_fast.model.options import option
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The installed command, in a process of its own."""
+    command = [sys.executable, "-m", "xkd_fast.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_help_teaches(capsys):
+    """Catches a command left out of the help, or examples with a command that does not exist."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name} " in shown and command.summary in shown
+    examples = [line.split()[1] for line in shown.splitlines() if line.strip().startswith("xkd-fast ")]
+    assert len(examples) >= 4
+    assert set(examples) - {"COMMAND"} <= set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_every_command_explains_itself(capsys, name):
+    """Catches a command whose own --help fails, or lacks a usage line."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: ") and "examples:" in shown
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["--nothing"]])
+def test_a_command_line_without_a_command_shows_the_usage(capsys, arguments):
+    """Catches a silent success where nothing was done."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "usage: xkd-fast COMMAND" in shown.err
+
+
+WRONG_INPUT = [
+    (("train", "--config", "nowhere.yaml"), "configuration file nowhere.yaml does not exist; name a YAML file"),
+    (("train", "train.epoch=2"), "train.epoch is not an option; the nearest one is train.epochs"),
+    (("train", "--config", "xkd_base_k400", "model.video.size=113"), "model.video.size = 113 must be a positive multiple of"),
+    (("render", "{root}"), "so it was not rendered by xkd-fast; choose an empty folder"),
+    (("render", "{tmp}", "--clips-per-class", "0"), "clips_per_class = 0 must be 1 or more"),
+    (("render", "{tmp}", "--fps", "many"), "argument --fps: invalid int value: 'many'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), WRONG_INPUT)
+def test_wrong_input_ends_with_one_sentence(tmp_path, capsys, arguments, sentence):
+    """Catches exceptions for a user's mistake, exit code 0, and messages on standard output."""
+    try:
+        code = cli.main([argument.format(root=ROOT, tmp=tmp_path) for argument in arguments])
+    except SystemExit as stop:  # argparse's own way
+        code = stop.code
+    shown = capsys.readouterr()
+    assert (code, shown.out) == (2, "")
+    assert sentence in shown.err
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [WRONG_INPUT[1], WRONG_INPUT[3]])
+def test_wrong_input_shows_no_traceback(arguments, sentence):
+    """Catches a traceback or a lost exit code on the way out of a real process."""
+    result = run(*(argument.format(root=ROOT) for argument in arguments))
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ") and sentence in result.stderr
+    assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+def test_print_config_prints_what_load_config_reads(tmp_path):
+    """Catches output mixed with log lines: the printed file must be usable as a configuration."""
+    from xkd_fast.config import load_config
+
+    result = run("train", "--config", "mas_base_k400", "--print-config", "train.epochs=7")
+    assert result.returncode == 0, result.stderr
+    path = tmp_path / "printed.yaml"
+    path.write_text(result.stdout, encoding="utf-8")
+    assert load_config(path) == load_config("mas_base_k400", ["train.epochs=7"])
+
+
+def test_an_interrupt_is_no_error_report(monkeypatch, capsys):
+    """Catches a traceback on Ctrl-C."""
+
+    def interrupted(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command("", interrupted))
+    assert cli.main(["train"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error_report():
+    """Catches a traceback in `xkd-fast … | head -1`."""
+    program = (
+        "import sys; from xkd_fast import cli\ncli.COMMANDS['train'] = cli.Command('', lambda a: print('x' * 10**6) or 0)\n"
+    )
+    program += "sys.exit(cli.main(['train']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    error = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1
+    assert error == ""
+
+
+def test_render_writes_a_data_set_and_keeps_what_is_there(tmp_path, capsys):
+    """Catches arguments that do not reach the renderer, and a second run that renders everything anew."""
+    arguments = ["render", str(tmp_path / "videos"), "--clips-per-class", "1", "--classes", "orbit", "flash", "--workers", "1"]
+    arguments += ["--seconds", "0.5", "0.6", "--width", "32", "--height", "32"]
+    assert cli.main(arguments) == 0
+    assert "2 clips of 2 classes, 2 of them rendered now" in capsys.readouterr().out
+    assert sorted(path.parent.name for path in (tmp_path / "videos").rglob("*.mp4")) == ["flash", "orbit"]
+    assert cli.main(arguments) == 0
+    assert "2 clips of 2 classes, 0 of them rendered now" in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Options of every kind of field."""
+
+    count: int = option(3, "a count, 100 % sure")
+    share: float = option(0.5, "a share")
+    kind: Literal["a", "b"] = option("a", "a choice")
+    pair: tuple[float, float] = option((1.0, 2.0), "two numbers")
+    names: tuple[str, ...] = option(("x",), "names")
+    limit: int | None = option(None, "a limit; none = off")
+    fast: bool = option(False, "a switch")
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count = {self.count} must be 1 or more")
+
+
+def test_options_become_arguments(capsys):
+    """Catches a kind of field that is read as text, loses its default, or whose documentation breaks argparse."""
+    parser = cli._command_parser("sample", "description", "")
+    cli.add_options(parser, Sample)
+    assert cli.read_options(parser.parse_args([]), Sample) == Sample()
+    given = ["--count", "4", "--share", ".25", "--kind", "b", "--pair", "3", "4", "--names", "p", "q", "--limit", "9", "--fast"]
+    assert cli.read_options(parser.parse_args(given), Sample) == Sample(4, 0.25, "b", (3.0, 4.0), ("p", "q"), 9, True)
+    assert cli.read_options(parser.parse_args(["--limit", "none"]), Sample).limit is None
+    with pytest.raises(UserError, match="count = 0 must be 1 or more"):
+        cli.read_options(parser.parse_args(["--count", "0"]), Sample)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--kind", "c"])
+    parser.print_help()
+    assert "a count, 100 % sure (default: 3)" in capsys.readouterr().out
+
+
+def test_doctor_tells_found_missing_and_broken_apart(monkeypatch):
+    """Catches a crash or a hang of one package that takes the whole report along, and noise taken for an answer."""
+    monkeypatch.setattr(doctor, "SECONDS", 3)
+    checks = [
+        doctor.Check("noisy", "import os; os.write(1, b'hello\\n'); return 'version 1'", "a"),
+        doctor.Check("absent", "import a_package_that_does_not_exist", "b"),
+        doctor.Check("nothing", "raise LookupError", "c"),
+        doctor.Check("faulty", "raise RuntimeError('two\\nlines')", "d"),
+        doctor.Check("crash", "import os; os.kill(os.getpid(), 9)", "e"),
+        doctor.Check("hang", "import time; time.sleep(60)", "f"),
+    ]
+    findings = {finding.name: finding for finding in doctor.examine(checks)}
+    assert findings["noisy"] == doctor.Finding("noisy", "found", "version 1", "")
+    assert findings["absent"] == doctor.Finding("absent", "missing", "", "b")
+    assert findings["nothing"] == doctor.Finding("nothing", "missing", "", "c")
+    assert findings["faulty"] == doctor.Finding("faulty", "broken", "RuntimeError: two lines", "d")
+    assert findings["crash"] == doctor.Finding("crash", "broken", f"the process ended with code {-signal.SIGKILL}", "e")
+    assert findings["hang"] == doctor.Finding("hang", "broken", "gave no answer within 3 s", "f")
+
+
+def test_doctor_prints_a_table_or_json(monkeypatch, capsys):
+    """Catches findings that are lost in printing, and an exit code that fails a script on a machine without a GPU."""
+    checks = [check for check in doctor.CHECKS if check.name in ("Python", "C++ compiler", "ninja")]
+    monkeypatch.setattr(doctor, "CHECKS", [*checks, doctor.Check("[odd]", "raise LookupError", "install [it]")])
+    assert cli.main(["doctor", "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert [finding["name"] for finding in findings] == ["Python", "C++ compiler", "ninja", "[odd]"]
+    assert findings[0]["status"] == "found" and sys.version.split()[0] in findings[0]["detail"]
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "[odd]" in shown and "install [it]" in shown
+
+
+@pytest.mark.slow
+def test_doctor_finds_what_the_tests_run_on():
+    """Catches a look that misreads an installed package: here everything that training needs is installed."""
+    findings = {finding.name: finding for finding in doctor.examine()}
+    for name in ("PyTorch", "DALI", "DeepSpeed", "C++ compiler", "ninja", "Python headers", "PyAV, FFmpeg", "scikit-learn"):
+        assert findings[name].status == "found", findings[name]
+    assert all(finding.consequence for finding in findings.values() if finding.status != "found")

@@ -1,0 +1,226 @@
+"""The command line: ``xkd-fast COMMAND …``. Each command reads its own arguments, and imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from xkd_fast.errors import UserError
+
+EXAMPLES = """\
+a first run, from nothing to a trained model:
+  xkd-fast render runs/videos --clips-per-class 50      render labelled videos to play with
+  xkd-fast train                                        pretrain the demo; its data is rendered on first use
+
+more:
+  xkd-fast train --config xkd_base_k400 --print-config  every option of a recipe, explained
+  xkd-fast doctor                                       what this machine has, and what it lacks
+  xkd-fast COMMAND --help                               a command's arguments
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it does, in a line, and the function that reads the arguments and does it."""
+
+    summary: str
+    run: Callable[[list[str]], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a wrong input, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    if not given:
+        parser.print_help(sys.stderr)
+        return 2
+    command = COMMANDS[parser.parse_args(given[:1]).command]
+    try:
+        return command.run(given[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `xkd-fast … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS)) + 2
+    commands = "\n".join(f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="xkd-fast",
+        usage="xkd-fast COMMAND [arguments]",
+        description=f"Pretrain XKD on audio-visual clips.\n\ncommands:\n{commands}",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser
+
+
+def _command_parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"xkd-fast {name}",
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+# --------------------------------------------------------------------------------------------- options dataclasses as arguments
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """One ``--argument`` per field of an options dataclass, with the field's documentation and default."""
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        flag = f"--{field.name.replace('_', '-')}"
+        default = field.default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        documentation = f"{field.metadata.get('doc', '')} (default: {shown})".replace("%", "%%")
+        parser.add_argument(
+            flag, dest=field.name, default=argparse.SUPPRESS, help=documentation, **_argument_form(hints[field.name])
+        )
+
+
+def _argument_form(kind: Any) -> dict[str, Any]:
+    """How argparse reads a value of a type."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if origin is Literal:
+        return {"choices": inner, "type": type(inner[0])}
+    if origin is tuple:
+        variable = inner[-1] is Ellipsis
+        return {"nargs": "+" if variable else len(inner), "type": inner[0], "metavar": _metavar(inner[0])}
+    if origin in (typing.Union, types.UnionType):
+        (base,) = (part for part in inner if part is not type(None))
+        return {"type": lambda text: None if text == "none" else base(text), "metavar": f"{_metavar(base)}|none"}
+    return {"type": kind, "metavar": _metavar(kind)}
+
+
+def _metavar(kind: type) -> str:
+    return {int: "N", float: "X"}.get(kind, "TEXT")
+
+
+def read_options(arguments: argparse.Namespace, options: type) -> Any:
+    """The options dataclass that the arguments describe; raises ``UserError`` with the dataclass's own sentence."""
+    hints = typing.get_type_hints(options)
+    given = {}
+    for field in dataclasses.fields(options):
+        if hasattr(arguments, field.name):
+            value = getattr(arguments, field.name)
+            given[field.name] = tuple(value) if typing.get_origin(hints[field.name]) is tuple else value
+    try:
+        return options(**given)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error; yields the function that takes (done, in all)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+# ------------------------------------------------------------------------------------------------------------------- commands
+
+
+def render(arguments: list[str]) -> int:
+    """Render labelled audio-visual events to video files in class folders."""
+    from xkd_fast.data.synthetic import SyntheticOptions, render_dataset
+
+    parser = _command_parser(
+        "render",
+        "Render labelled audio-visual events to real video files, one folder per class. The same seed gives the same clips; "
+        "what is complete is kept.",
+        "  xkd-fast render runs/videos --clips-per-class 50 --workers 4\n"
+        "  xkd-fast render runs/easy --classes bounce orbit --distractors 0 --background 0",
+    )
+    parser.add_argument("destination", help="folder to write; empty, or rendered before")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per processor)"
+    )
+    add_options(parser, SyntheticOptions)
+    given = parser.parse_args(arguments)
+    options = read_options(given, SyntheticOptions)
+    with progress_bar("rendering") as progress:
+        rendered = render_dataset(given.destination, options, workers=given.workers, progress=progress)
+    total = options.clips_per_class * len(options.classes)
+    print(f"{given.destination}: {total} clips of {len(options.classes)} classes, {rendered} of them rendered now")
+    return 0
+
+
+def train(arguments: list[str]) -> int:
+    """Pretrain, in this process alone; `deepspeed xkd_fast/train.py` and `torchrun` take the same arguments."""
+    from xkd_fast.train import main as run
+
+    return run(arguments)
+
+
+def doctor(arguments: list[str]) -> int:
+    """Tell what this machine has of what XKD uses."""
+    parser = _command_parser(
+        "doctor",
+        "Tell what this machine has of what XKD uses, and what follows from what it lacks.",
+        "  xkd-fast doctor --json",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    given = parser.parse_args(arguments)
+    from xkd_fast.doctor import examine
+
+    findings = examine()
+    if given.json:
+        import json
+
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+        return 0
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="What this machine has")
+    for column in ("part", "", "version, or what follows"):
+        table.add_column(column, overflow="fold")
+    colours = {"found": "green", "missing": "yellow", "broken": "red"}
+    for finding in findings:
+        told = ": ".join(part for part in (finding.detail, finding.consequence) if part)
+        table.add_row(escape(finding.name), f"[{colours[finding.status]}]{finding.status}[/]", escape(told))
+    Console().print(table)
+    return 0
+
+
+COMMANDS = {
+    "render": Command("render labelled videos to play with", render),
+    "train": Command("pretrain a model", train),
+    "doctor": Command("tell what this machine has, and what follows from what it lacks", doctor),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
