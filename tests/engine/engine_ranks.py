@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tests.tiny import part_of, random_batch, tiny_options
 
+from tests.tiny import part_of, random_batch, tiny_options
 from xkd_fast.config import Config, DataOptions, OptimizerOptions, TrainOptions
 from xkd_fast.data.log_mel import MelOptions
 from xkd_fast.engine.engine import Engine

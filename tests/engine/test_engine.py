@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.distributed import run_ranks
 from tests.engine.engine_ranks import BATCH, CELLS, CLIP_NORM, STEPS, WEIGHT_DECAY, cell_options, moment
 from tests.tiny import part_of, random_batch
-
 from xkd_fast import reference
 from xkd_fast.model.build import build_model
 from xkd_fast.weights import read_safetensors

@@ -1,0 +1,79 @@
+"""Checkpoints that need no DeepSpeed: what is found, what is refused, random states."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from xkd_fast.engine.checkpoint import Checkpoints, TrainState, random_states, read_state, restore_random_states
+from xkd_fast.errors import UserError
+
+STATE = TrainState(step=12, seed=0, samples=100, global_batch=8, world_size=2, zero_stage=1)
+
+
+def make(directory: Path, step: int) -> Path:
+    """A checkpoint's folder with its state."""
+    path = directory / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    (path / "state.json").write_text(json.dumps(asdict(replace(STATE, step=step))))
+    return path
+
+
+def test_auto_takes_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    """Red if an interrupted write (.partial) or text order (9 before 10) is taken for the newest."""
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.resolve("auto") is None
+    make(tmp_path, 9)
+    newest = make(tmp_path, 10)
+    (tmp_path / "step-00000011.partial").mkdir()
+    assert checkpoints.resolve("auto") == newest
+    assert checkpoints.resolve("none") is None
+    assert checkpoints.resolve(str(newest)) == newest
+    assert checkpoints.resolve(str(tmp_path)) == newest
+
+
+def test_a_path_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    """Red if a typing error starts a run from scratch."""
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        Checkpoints(tmp_path).resolve(str(tmp_path / "nowhere"))
+
+
+def test_due_follows_the_interval() -> None:
+    """Red if 0 (off) divides, or the interval is off by one."""
+    assert [step for step in range(1, 10) if Checkpoints(Path(), every_steps=4).due(step)] == [4, 8]
+    assert not any(Checkpoints(Path()).due(step) for step in range(1, 10))
+
+
+@pytest.mark.parametrize("name", ["seed", "samples", "global_batch", "world_size", "zero_stage"])
+def test_resuming_another_run_is_refused(name: str) -> None:
+    """Red if a run goes on with another order of clips or other optimiser shards, unnoticed."""
+    STATE.check_same(replace(STATE, step=3), Path("x"))
+    with pytest.raises(UserError, match=str(getattr(STATE, name))):
+        STATE.check_same(replace(STATE, **{name: 77}), Path("x"))
+
+
+def test_unreadable_state_is_one_clear_error(tmp_path: Path) -> None:
+    """Red if a torn state.json gives a traceback."""
+    path = make(tmp_path, 3)
+    (path / "state.json").write_text('{"step": 3, "se')
+    with pytest.raises(UserError, match="cannot be read"):
+        read_state(path)
+
+
+def test_random_states_round_trip(tmp_path: Path) -> None:
+    """Red if a generator is forgotten, or the file needs unpickling of code."""
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    torch.save(random_states(), tmp_path / "random.pt")
+    expected = draw()
+    assert draw() != expected
+    restore_random_states(torch.load(tmp_path / "random.pt", weights_only=True))
+    assert draw() == expected

@@ -1,0 +1,73 @@
+"""Metrics: the culprit of a NaN is named, entropies are right, logs survive an interruption."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.tiny import random_batch, tiny_options
+from xkd_fast.engine import metrics
+from xkd_fast.engine.launch import free_port
+from xkd_fast.reference import XKD
+
+
+@pytest.fixture
+def single_rank():
+    """A process group of one."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_non_finite_loss_is_named_with_its_first_step(single_rank: None) -> None:
+    """Red if a NaN passes unseen, is blamed on the sum, or on the step where it was noticed."""
+    options = tiny_options()
+    model = XKD(options)
+    collected = metrics.StepMetrics(SimpleNamespace(module=model))
+    for step in (1, 2, 3):
+        views, masks = random_batch(options, 2, seed=step, dtype=torch.float32)
+        if step == 2:
+            views.audio_global[0, 0, 0, 0] = float("nan")
+        collected.add(model(views, masks), step)
+        collected.end_step()
+        if step == 1:
+            collected.check_finite()
+    with pytest.raises(metrics.NonFiniteLoss, match=r"audio_reconstruction.* at step 2\b") as error:
+        collected.check_finite()
+    assert "total" not in str(error.value) and "video_reconstruction" not in str(error.value)
+
+
+def test_entropy_of_known_distributions() -> None:
+    """Red if the temperature is dropped or the sign is wrong."""
+    assert metrics.entropy(torch.zeros(3, 50), 0.1).item() == pytest.approx(math.log(50))
+    two = torch.tensor([[0.0, 0.2]])
+    p = 1 / (1 + math.exp(-0.2 / 0.1))
+    assert metrics.entropy(two, 0.1).item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), rel=1e-5)
+
+
+def test_resumed_log_drops_later_and_torn_rows(tmp_path: Path) -> None:
+    """Red if a resumed run's log holds a step twice."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (2, 4, 6)) + '{"step": 8, "tot')
+    metrics.keep_rows(path, 4)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4]
+    metrics.keep_rows(tmp_path / "absent.jsonl", 4)
+
+
+def test_speedometer_counts_clips_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if waiting is not a share of the same interval, or an interval leaks into the next."""
+    clock = iter([0.0, 10.0, 10.0, 12.0, 12.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    speed = metrics.Speedometer(32)
+    speed.step()
+    speed.step()
+    speed.waited(2.5)
+    assert speed.read() == {"clips_per_second": 6.4, "data_wait_share": 0.25}
+    speed.step()
+    assert speed.read() == {"clips_per_second": 16.0, "data_wait_share": 0.0}
