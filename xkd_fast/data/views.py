@@ -269,7 +269,8 @@ def draw_crop(
             left = integer_below(u_left, width - crop_width + 1)
             return top, left, crop_height, crop_width
     ratio = min(max(width / height, aspect[0]), aspect[1])
-    crop_height, crop_width = min(height, round(width / ratio)), min(width, round(height * ratio))
+    crop_height = min(height, max(1, round(width / ratio)))
+    crop_width = min(width, max(1, round(height * ratio)))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
@@ -338,37 +339,62 @@ def last_start(stored: ClipShape, shape: ViewShape) -> int:
     return max(0, min(stored.frames, heard) - shape.video.frames)
 
 
+def sample_of_frame(frame: int, shape: ViewShape) -> int:
+    """The audio sample that is heard when ``frame`` is first seen."""
+    return round(frame * shape.sample_rate / shape.fps)
+
+
 def draw_clip(uniforms: Sequence[float], stored: ClipShape, shape: ViewShape, options: AugmentOptions) -> ClipDraw:
     """One clip and all its views from ``uniforms`` in [0, 1).
 
-    Each view reads its own `DRAWS_PER_VIEW` numbers, so what one view draws does not move another's. `draws_per_clip` says
-    how many are needed.
+    Each view reads its own `DRAWS_PER_VIEW` numbers, so neither the options of a view nor how many there are moves what
+    another one draws. `draws_per_clip` says how many numbers are needed.
     """
     video, audio = shape.video, shape.audio
     height, width = stored.height, stored.width
     if options.short_side_first:
         height, width = short_side_size(height, width, video.size)
-    own = (iter(uniforms[start : start + DRAWS_PER_VIEW]) for start in range(1, len(uniforms), DRAWS_PER_VIEW))
 
-    def video_view(view: VideoViewOptions, frames: int) -> VideoDraw:
-        return draw_video_view(next(own), view, height, width, video.frames, frames)
+    def numbers(block: int) -> Iterator[float]:
+        first = 1 + block * DRAWS_PER_VIEW
+        return iter(uniforms[first : first + DRAWS_PER_VIEW])
 
-    def audio_view(view: AudioViewOptions, frames: int, samples: int) -> AudioDraw:
-        return draw_audio_view(next(own), view, audio.mel_bins, frames, shape.clip_samples, samples, options.audio_start_step)
+    def video_view(block: int, view: VideoViewOptions, frames: int) -> VideoDraw:
+        return draw_video_view(numbers(block), view, height, width, video.frames, frames)
+
+    def audio_view(block: int, view: AudioViewOptions, frames: int, samples: int) -> AudioDraw:
+        sizes = audio.mel_bins, frames, shape.clip_samples, samples
+        return draw_audio_view(numbers(block), view, *sizes, options.audio_start_step)
 
     start = integer_below(uniforms[0], last_start(stored, shape) + 1)
     return ClipDraw(
         start_frame=start,
-        start_sample=round(start * shape.sample_rate / shape.fps),
-        video_global=video_view(options.video_global, video.frames),
-        audio_global=audio_view(options.audio_global, audio.frames, shape.clip_samples),
-        video_locals=tuple(video_view(options.video_local, video.local_frames) for _ in range(video.local_views)),
+        start_sample=sample_of_frame(start, shape),
+        video_global=video_view(0, options.video_global, video.frames),
+        audio_global=audio_view(1, options.audio_global, audio.frames, shape.clip_samples),
+        video_locals=tuple(video_view(2 + 2 * n, options.video_local, video.local_frames) for n in range(video.local_views)),
         audio_locals=tuple(
-            audio_view(options.audio_local, audio.local_frames, shape.local_samples) for _ in range(audio.local_views)
+            audio_view(3 + 2 * n, options.audio_local, audio.local_frames, shape.local_samples)
+            for n in range(audio.local_views)
         ),
+    )
+
+
+def plain_draw(stored: ClipShape, shape: ViewShape, start_frame: int) -> ClipDraw:
+    """The clip that starts at ``start_frame``, centre-cropped (short side resized first) and not augmented; no local views."""
+    size = shape.video.size
+    height, width = short_side_size(stored.height, stored.width, size)
+    centre = (height - size) // 2, (width - size) // 2, size, size
+    return ClipDraw(
+        start_frame=start_frame,
+        start_sample=sample_of_frame(start_frame, shape),
+        video_global=VideoDraw(0, centre, False, (0, 1, 2, 3), 1.0, 1.0, 1.0, 0.0, False, 0.0),
+        audio_global=AudioDraw(start=0, volume=1.0, crop=None),
+        video_locals=(),
+        audio_locals=(),
     )
 
 
 def draws_per_clip(shape: ViewShape) -> int:
     """How many uniforms `draw_clip` reads from."""
-    return 1 + DRAWS_PER_VIEW * (2 + shape.video.local_views + shape.audio.local_views)
+    return 1 + DRAWS_PER_VIEW * 2 * (1 + max(shape.video.local_views, shape.audio.local_views))

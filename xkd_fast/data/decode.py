@@ -1,0 +1,147 @@
+"""Decoding of stored samples by NVIDIA DALI on the CPU: only the clip's own frames, and the sound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xkd_fast.errors import UserError
+
+CPU_CODECS = ("mjpeg",)  # of the codecs that shards hold; DALI's CPU decoder knows neither H.264 nor HEVC nor AV1
+
+
+def require_cpu_codec(codec: str, name: str) -> None:
+    """Refuse shards whose video DALI cannot decode on the CPU.
+
+    Raises:
+        UserError: naming the codec and what to do.
+    """
+    if codec not in CPU_CODECS:
+        raise UserError(
+            f"{name} holds {codec} video, which DALI cannot decode on the CPU (it takes a GPU's video engine, which is not used yet); "
+            f"prepare the shards with --codec {CPU_CODECS[0]}"
+        )
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """What to decode of one stored sample."""
+
+    key: str
+    video: NDArray[np.uint8]  # the encoded file's bytes
+    audio: NDArray[np.uint8]  # the encoded file's bytes
+    start: int  # first frame
+    frames: int  # number of frames
+
+
+@dataclass(frozen=True)
+class DecodedClip:
+    """Frames and sound of one request."""
+
+    frames: Tensor  # [T, H, W, 3] uint8, red, green, blue
+    waveform: Tensor  # [samples] float32 in [-1, 1], of the whole file
+
+
+class UndecodableError(Exception):
+    """Some requests of a batch cannot be decoded; ``reasons`` maps their places in the batch to DALI's words."""
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        super().__init__("; ".join(f"request {place}: {reason}" for place, reason in reasons.items()))
+        self.reasons = reasons
+
+
+def _reason(error: BaseException) -> str:
+    # DALI's message ends with the cause after this word; the rest is where the operator stands in our source
+    text = str(error).rsplit("encountered:", 1)[-1].strip()
+    return " ".join(text.split("C++ context")[0].split())[:300]
+
+
+class ClipDecoder:
+    """A DALI pipeline fed by hand, batch by batch, of any size up to ``batch_size``.
+
+    It runs when called, in the caller's thread (other Python threads go on meanwhile), so nothing is in flight between calls.
+
+    Raises:
+        UserError: DALI is not installed.
+    """
+
+    def __init__(self, batch_size: int, threads: int) -> None:
+        self.batch_size = batch_size
+        self.threads = threads
+        self._pipeline = self._build()
+
+    def _build(self) -> Any:
+        try:
+            from nvidia.dali import fn, types
+            from nvidia.dali.pipeline import Pipeline
+        except ImportError as error:
+            raise UserError(
+                "NVIDIA DALI, which decodes the shards, is not installed; install xkd-fast[cuda13] (on a machine without a GPU "
+                f"too) or xkd-fast[cuda12] ({error})"
+            ) from error
+        pipeline = Pipeline(
+            batch_size=self.batch_size, num_threads=self.threads, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
+        )
+        with pipeline:
+            video = fn.external_source(name="video", ndim=1, dtype=types.DALIDataType.UINT8)
+            audio = fn.external_source(name="audio", ndim=1, dtype=types.DALIDataType.UINT8)
+            start = fn.external_source(name="start", ndim=0, dtype=types.DALIDataType.INT32)
+            count = fn.external_source(name="frames", ndim=0, dtype=types.DALIDataType.INT32)
+            frames = fn.decoders.video(video, start_frame=start, sequence_length=count, pad_mode="none")
+            waveform, _ = fn.decoders.audio(audio, downmix=True, dtype=types.DALIDataType.FLOAT)
+            pipeline.set_outputs(frames, waveform)
+        pipeline.build()
+        return pipeline
+
+    def _run(self, requests: Sequence[DecodeRequest]) -> list[DecodedClip]:
+        feed = self._pipeline.feed_input
+        feed("video", [request.video for request in requests])
+        feed("audio", [request.audio for request in requests])
+        feed("start", [np.array(request.start, np.int32) for request in requests])
+        feed("frames", [np.array(request.frames, np.int32) for request in requests])
+        videos, waveforms = self._pipeline.run()
+        # DLPack shares DALI's memory, without a copy, and keeps it until the tensor is gone
+        return [
+            DecodedClip(torch.from_dlpack(videos[place]), torch.from_dlpack(waveforms[place])) for place in range(len(requests))
+        ]
+
+    def __call__(self, requests: Sequence[DecodeRequest]) -> list[DecodedClip]:
+        """Decode a batch.
+
+        Raises:
+            UndecodableError: naming the places in ``requests`` that DALI cannot decode, or of which it gives too few frames.
+            UserError: DALI refuses the batch but each request of it alone passes.
+        """
+        try:
+            clips = self._run(requests)
+        except RuntimeError as error:
+            self._pipeline = self._build()  # a failed pipeline makes no promises
+            raise self._blame(requests, error) from error
+        short = {
+            place: f"{len(clip.frames)} frames from frame {request.start} on, where the index promises {request.frames}"
+            for place, (request, clip) in enumerate(zip(requests, clips, strict=True))
+            if len(clip.frames) != request.frames
+        }
+        if short:
+            raise UndecodableError(short)
+        return clips
+
+    def _blame(self, requests: Sequence[DecodeRequest], error: RuntimeError) -> Exception:
+        # one bad stream fails the whole batch: find out which
+        reasons: dict[int, str] = {}
+        for place, request in enumerate(requests):
+            try:
+                self._run([request])
+            except RuntimeError as own:
+                reasons[place] = _reason(own)
+                self._pipeline = self._build()
+        if reasons:
+            return UndecodableError(reasons)
+        keys = ", ".join(request.key for request in requests)
+        return UserError(f"DALI could not decode the batch of {keys}, though each sample alone passes: {_reason(error)}")
