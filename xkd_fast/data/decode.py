@@ -24,7 +24,7 @@ def require_cpu_codec(codec: str, name: str) -> None:
     """
     if codec not in CPU_CODECS:
         raise UserError(
-            f"{name} holds {codec} video, which DALI cannot decode on the CPU (it takes a GPU's video engine, which is not used yet); "
+            f"{name} holds {codec} video, which DALI cannot decode on the CPU (a GPU could, which is not built in yet); "
             f"prepare the shards with --codec {CPU_CODECS[0]}"
         )
 
