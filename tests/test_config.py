@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from xkd_fast.config import (
@@ -224,7 +224,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(config=configs)
 def test_a_rendered_configuration_reads_back_equal(tmp_path_factory, config):
     """Catches text, numbers or nulls that come back as something else: the file saved with a run must be that run's."""
@@ -464,6 +464,40 @@ def test_files_that_are_no_configuration(tmp_path):
     assert "base = [1] must be the name of a configuration file" in error_of(write(tmp_path, "base: [1]\n"))
     assert "train.epochs is written with dots" in error_of(write(tmp_path, "train.epochs: 3\n"))
     assert load_config(write(tmp_path, "# nothing but a comment\n")) == Config()
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["seed", "train", "demo", "lr"]), inner),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=40) | st.tuples(st.sampled_from(KEYS), st.text(max_size=12)).map("=".join))
+@example("train.epochs=%")
+@example("train.epochs=!!int x")
+@example("output=&a [*a]")
+@example("output=!!timestamp 2001-01-01")
+@example("? [a]: b=c")
+def test_no_text_breaks_the_reader(override):
+    """Catches exceptions other than UserError, whatever is typed; a mere text file goes through the same reader."""
+    try:
+        load_config(None, [override])
+    except UserError as error:
+        assert str(error)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(sorted({key.rpartition(".")[0] or key for key in KEYS} | set(KEYS))), anything)
+def test_no_value_breaks_the_checks(key, value):
+    """Catches checks that fail on a type they did not expect: every value is taken or refused in a sentence."""
+    try:
+        config = load_config(None, [f"{key}={json.dumps(value)}"])
+    except UserError as error:
+        assert key.partition(".")[0] in str(error) or "too large a number" in str(error)
+    else:
+        assert isinstance(config, Config)
 
 
 def test_accumulation():
