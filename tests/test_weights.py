@@ -217,6 +217,17 @@ def test_a_write_cut_short_leaves_the_old_file_and_nothing_else(failure, tmp_pat
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_replaced_never_written_over(tmp_path):
+    """A reader of the old file that sees the new one half written; aside files left behind."""
+    path, reader = tmp_path / "model.safetensors", tmp_path / "reader"
+    write_safetensors({"weight": torch.ones(3)}, path)
+    reader.hardlink_to(path)
+    write_safetensors({"weight": torch.zeros(3)}, path)
+    assert torch.equal(read_safetensors(reader)["weight"], torch.ones(3))
+    assert torch.equal(read_safetensors(path)["weight"], torch.zeros(3))
+    assert sorted(tmp_path.iterdir()) == [path, reader]
+
+
 def test_a_new_file_has_the_usual_permissions(tmp_path):
     """A checkpoint that only its writer may read: the temporary file's mode."""
     write_safetensors({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
