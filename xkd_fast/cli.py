@@ -18,7 +18,8 @@ from xkd_fast.errors import UserError
 EXAMPLES = """\
 a first run, from nothing to a trained model:
   xkd-fast render runs/videos --clips-per-class 50      render labelled videos to play with
-  xkd-fast train                                        pretrain the demo; its data is rendered on first use
+  xkd-fast prepare runs/videos runs/shards              turn a folder of videos into shards
+  xkd-fast train data.train=[runs/shards]               pretrain the demo's model on them
 
 more:
   xkd-fast train --config xkd_base_k400 --print-config  every option of a recipe, explained
@@ -185,6 +186,37 @@ def render(arguments: list[str]) -> int:
     return 0
 
 
+def prepare(arguments: list[str]) -> int:
+    """Turn a folder of videos into a shard set."""
+    from rich.console import Console
+
+    from xkd_fast.data.prepare import REPORT, PrepareOptions
+    from xkd_fast.data.prepare import prepare as prepare_shards
+
+    parser = _command_parser(
+        "prepare",
+        "Turn a folder of videos into shards for training and evaluation: constant frame rate, small frames, 16 kHz mono sound. "
+        "The folders inside SOURCE are the classes. Videos that cannot be used are skipped, counted and listed with the reason. "
+        "Called again after an interruption, it goes on.",
+        "  xkd-fast prepare /data/kinetics/train /data/k400/train\n"
+        "  xkd-fast prepare runs/videos runs/shards --fps 4 --short-side 64 --workers 2",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder of videos")
+    parser.add_argument(
+        "destination", metavar="DESTINATION", help="folder of the shards; empty, or begun before by the same command"
+    )
+    add_options(parser, PrepareOptions)
+    given = parser.parse_args(arguments)
+    report = prepare_shards(given.source, given.destination, read_options(given, PrepareOptions), console=Console(stderr=True))
+    print(f"{given.destination}: {report.written} samples in {report.shards} shards, {report.converted_now} videos handled now")
+    if report.skipped:
+        reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.skipped.most_common())
+        print(
+            f"{report.skipped.total()} of {report.sources} videos skipped ({reasons}); each is listed in {given.destination}/{REPORT}"
+        )
+    return 0
+
+
 def train(arguments: list[str]) -> int:
     """Pretrain, in this process alone; `deepspeed xkd_fast/train.py` and `torchrun` take the same arguments."""
     from xkd_fast.train import main as run
@@ -226,6 +258,7 @@ def doctor(arguments: list[str]) -> int:
 
 COMMANDS = {
     "render": Command("render labelled videos to play with", render),
+    "prepare": Command("turn a folder of videos into shards", prepare),
     "train": Command("pretrain a model", train),
     "doctor": Command("tell what this machine has, and what follows from what it lacks", doctor),
 }

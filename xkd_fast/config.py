@@ -64,14 +64,17 @@ class DemoData:
 
     videos: str = option("runs/demo/videos", "folder of the rendered videos; train/ and test/ are made in it")
     shards: str = option("runs/demo/shards", "folder of the shards made of them; train/ and test/ are made in it")
-    short_side: int = option(64, "short side of the frames in the shards, pixels")
+    short_side: int = option(64, "short side of the frames in the shards, pixels, even")
     test_clips_per_class: int = option(25, "test clips rendered per class, of another seed than render's")
     render: SyntheticOptions = section(SyntheticOptions, "what is rendered")
 
     def __post_init__(self) -> None:
         for name in ("videos", "shards"):
             _require(getattr(self, name) != "", f"data.demo.{name} is empty; it must name a folder")
-        _require(self.short_side >= 16, f"data.demo.short_side = {self.short_side} must be 16 or more")
+        _require(
+            self.short_side >= 16 and self.short_side % 2 == 0,
+            f"data.demo.short_side = {self.short_side} must be an even number of 16 or more",
+        )
         clips = self.test_clips_per_class
         _require(clips >= 1, f"data.demo.test_clips_per_class = {clips} must be 1 or more")
 

@@ -1,0 +1,322 @@
+"""From a folder of videos to a shard set: ``xkd-fast prepare SRC DST``.
+
+Sources are shuffled by a hash of their names and cut into shards in that order, so the assignment depends on nothing that
+happens while they are converted. A finished shard is never done again: an interrupted run goes on with the first one that is
+missing and ends with the same files. Whatever cannot be used is skipped, counted and listed in ``report.csv``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from xkd_fast.data.convert import Converted, ConvertTask, Skipped
+from xkd_fast.data.options import FORBID_EXTRA, option, require
+from xkd_fast.data.shards import FORMAT, MANIFEST, NewSample, ShardWriter, index_path, read_json, write_aside
+from xkd_fast.data.workers import PAUSE, Outcome, require_workers, run_tasks
+from xkd_fast.errors import UserError
+
+VIDEO_SUFFIXES = frozenset(
+    """.3gp .asf .avi .divx .f4v .flv .m2ts .m2v .m4a .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogm .ogv .ts .vob .webm
+    .wmv""".split()  # noqa: SIM905
+)
+PLAN = "prepare.json"
+REPORT = "report.csv"
+REPORT_COLUMNS = ("source", "status", "reason", "detail", "key", "shard", "frames")
+AHEAD = 64  # sources converted ahead of a slow one, at most; bounds memory
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What becomes of every source video."""
+
+    __pydantic_config__ = FORBID_EXTRA
+
+    codec: Literal["mjpeg", "h264"] = option("mjpeg", "video codec of the shards: mjpeg decodes anywhere, h264 on GPUs only")
+    fps: float = option(8.0, "frames per second of the shards, constant")
+    short_side: int = option(128, "shorter side of the frames, pixels, even; the aspect is kept")
+    sample_rate: int = option(16000, "audio samples per second of the shards, mono")
+    min_seconds: float = option(0.25, "videos shorter than this are skipped, seconds; 0 = none")
+    quality: int | None = option(None, "encoder quality, lower is better: mjpeg 2-31 (default 4), h264 0-51 (default 23)")
+    samples_per_shard: int = option(512, "sources per shard, before skipping")
+    seed: int = option(0, "seed of the order of samples over shards")
+    workers: int = option(0, "processes that convert; 0 = one per core")
+    seconds_per_file: float = option(300.0, "time limit of one source, seconds; then it is skipped as timed_out")
+
+    def __post_init__(self) -> None:
+        require(self.codec in ("mjpeg", "h264"), f"codec = {self.codec!r} must be mjpeg or h264")
+        require(0.1 <= self.fps <= 240, f"fps = {self.fps} must lie in 0.1-240")
+        require(
+            16 <= self.short_side <= 4096 and self.short_side % 2 == 0,
+            f"short_side = {self.short_side} must be an even number of pixels in 16-4096",
+        )
+        require(8000 <= self.sample_rate <= 96000, f"sample_rate = {self.sample_rate} must lie in 8000-96000 Hz")
+        require(self.min_seconds >= 0, f"min_seconds = {self.min_seconds} must be 0 or more")
+        low, high = (2, 31) if self.codec == "mjpeg" else (0, 51)
+        require(low <= self.encoder_quality <= high, f"quality = {self.quality} must lie in {low}-{high} for {self.codec}")
+        require(self.samples_per_shard >= 1, f"samples_per_shard = {self.samples_per_shard} must be 1 or more")
+        require(self.workers >= 0, f"workers = {self.workers} must be 0 or more")
+        require(self.seconds_per_file > 0, f"seconds_per_file = {self.seconds_per_file} must be above 0")
+
+    @property
+    def encoder_quality(self) -> int:
+        """The quality given, or the codec's default."""
+        return self.quality if self.quality is not None else {"mjpeg": 4, "h264": 23}[self.codec]
+
+    def content(self) -> dict[str, Any]:
+        """The options that shape the shards: not how, or how fast, they are made."""
+        content = asdict(self) | {"quality": self.encoder_quality}
+        return {name: content[name] for name in content if name not in ("workers", "seconds_per_file")}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video and its class."""
+
+    name: str  # path below the source folder, forward slashes
+    class_name: str | None
+
+
+@dataclass
+class PrepareReport:
+    """What a run of prepare came to."""
+
+    written: int
+    skipped: Counter[str] = field(default_factory=Counter)
+    shards: int = 0
+    converted_now: int = 0  # sources handled by this call; the rest stood already
+
+    @property
+    def sources(self) -> int:
+        """Videos found."""
+        return self.written + sum(self.skipped.values())
+
+
+def find_sources(root: Path) -> list[Source]:
+    """Videos below ``root``, sorted by name; the first folder of a path is the class.
+
+    Raises:
+        UserError: no such folder, or no video in it.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder; name the folder that holds the videos, in one sub-folder per class")
+    sources = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in sorted(files):
+            if not file.startswith(".") and Path(file).suffix.lower() in VIDEO_SUFFIXES:
+                path = (Path(folder) / file).relative_to(root)
+                sources.append(Source(path.as_posix(), path.parts[0] if len(path.parts) > 1 else None))
+    if not sources:
+        raise UserError(f"{root} holds no video; files with one of these endings count: {' '.join(sorted(VIDEO_SUFFIXES))}")
+    return sources
+
+
+def shuffle(sources: list[Source], seed: int) -> list[Source]:
+    """The sources in an order that depends on their names and the seed alone."""
+
+    def rank(source: Source) -> bytes:
+        return hashlib.sha256(f"{seed}\n{source.name}".encode("utf-8", "surrogateescape")).digest()
+
+    return sorted(sources, key=rank)
+
+
+def plan_of(sources: list[Source], options: PrepareOptions) -> dict[str, Any]:
+    """What identifies a run: its options and its sources. A folder is only continued by the same plan."""
+    names = "\0".join(source.name for source in sources).encode("utf-8", "surrogateescape")
+    return {"options": options.content(), "sources": len(sources), "names": hashlib.sha256(names).hexdigest()}
+
+
+def check_plan(destination: Path, plan: dict[str, Any]) -> None:
+    """Note the plan in an empty folder, or refuse a folder that belongs to another one.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    path = destination / PLAN
+    if path.is_file():
+        stored = read_json(path, "the plan of an earlier prepare")
+        options = stored.get("options", {})
+        for name, value in plan["options"].items():
+            if options.get(name) != value:
+                raise UserError(
+                    f"{destination} was prepared with {name} = {options.get(name)}, this call asks for {value}; "
+                    "choose another folder, or delete this one"
+                )
+        if stored != plan:
+            raise UserError(
+                f"{destination} was prepared from {stored.get('sources')} videos, and the source folder now holds "
+                f"{plan['sources']} or others; choose another folder, or delete this one"
+            )
+        return
+    if destination.is_dir() and any(destination.iterdir()):
+        raise UserError(f"{destination} holds files that are not shards of prepare; choose an empty or a new folder")
+    destination.mkdir(parents=True, exist_ok=True)
+    write_aside(path, json.dumps(plan, indent=2).encode())
+
+
+def prepare(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    options: PrepareOptions | None = None,
+    *,
+    console: Console | None = None,
+) -> PrepareReport:
+    """Turn a folder of videos into a shard set; call again after an interruption to go on.
+
+    Args:
+        source: folder of videos; sub-folders of it are the classes.
+        destination: folder of the shards.
+        options: sizes, codec, workers.
+        console: where progress is shown.
+
+    Raises:
+        UserError: no videos, a destination that belongs to something else, or no video that could be used.
+    """
+    options, console = options or PrepareOptions(), console or Console()
+    root, destination = Path(source), Path(destination)
+    workers = options.workers or os.cpu_count() or 1
+    require_workers(workers)
+    sources = shuffle(find_sources(root), options.seed)
+    check_plan(destination, plan_of(sources, options))
+    classes = sorted({entry.class_name for entry in sources if entry.class_name is not None})
+    size = options.samples_per_shard
+    shards = [sources[start : start + size] for start in range(0, len(sources), size)]
+    missing = [number for number in range(len(shards)) if not index_path(_tar(destination, number)).is_file()]
+    done = len(sources) - sum(len(shards[number]) for number in missing)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
+        bar = progress.add_task(f"preparing {destination.name}", total=len(sources), completed=done, note="")
+        skipped = 0
+        with contextlib.closing(_convert_in_order(root, shards, missing, options, workers)) as outcomes:
+            for number in missing:
+                writer = ShardWriter(destination, _name(number), options.codec)
+                rows = []
+                try:
+                    for place, entry in enumerate(shards[number]):
+                        row = _store(writer, entry, number * size + place, next(outcomes), classes)
+                        rows.append(row)
+                        skipped += row["status"] == "skipped"
+                        progress.update(bar, advance=1, note=f"{skipped} skipped" if skipped else "")
+                except BaseException:
+                    writer.abandon()
+                    raise
+                writer.close({"report": rows})
+    return _finish(destination, len(shards), classes, options, converted_now=len(sources) - done)
+
+
+def _name(number: int) -> str:
+    return f"shard-{number:06d}"
+
+
+def _tar(destination: Path, number: int) -> Path:
+    return destination / f"{_name(number)}.tar"
+
+
+def _convert_in_order(
+    root: Path, shards: list[list[Source]], missing: list[int], options: PrepareOptions, workers: int
+) -> Generator[Outcome, None, None]:
+    """Outcomes of all sources of the missing shards, in their order; conversion runs ahead by a bounded number."""
+    returned = 0
+
+    def tasks() -> Iterator[Any]:
+        given = 0
+        for number in missing:
+            for entry in shards[number]:
+                while given - returned >= AHEAD + workers:
+                    yield PAUSE
+                given += 1
+                yield ConvertTask(
+                    path=str(root / entry.name),
+                    codec=options.codec,
+                    fps=options.fps,
+                    short_side=options.short_side,
+                    sample_rate=options.sample_rate,
+                    min_seconds=options.min_seconds,
+                    quality=options.encoder_quality,
+                )
+
+    waiting: dict[int, Outcome] = {}
+    converting = run_tasks("xkd_fast.data.convert:convert", tasks(), workers=workers, seconds=options.seconds_per_file)
+    for outcome in converting:
+        waiting[outcome.index] = outcome
+        while returned in waiting:
+            ready = waiting.pop(returned)
+            returned += 1
+            yield ready
+
+
+def _store(writer: ShardWriter, source: Source, number: int, outcome: Outcome, classes: list[str]) -> dict[str, Any]:
+    """Write a source's sample, if it gave one; returns its row of the report."""
+    row: dict[str, Any] = dict.fromkeys(REPORT_COLUMNS, "") | {"source": source.name, "status": "skipped"}
+    result = outcome.result
+    if outcome.failure is not None:
+        reason = outcome.failure if outcome.failure != "raised" else "unreadable"
+        return row | {"reason": reason, "detail": outcome.detail}
+    if isinstance(result, Skipped):
+        return row | {"reason": result.reason, "detail": result.detail}
+    assert isinstance(result, Converted)
+    key = f"{number:08d}"
+    writer.add(
+        NewSample(
+            key=key,
+            label=classes.index(source.class_name) if source.class_name is not None else -1,
+            video=result.video,
+            audio=result.audio,
+            frames=result.frames,
+            samples=result.samples,
+            height=result.height,
+            width=result.width,
+            details={"class": source.class_name, "source": source.name, "audio_offset": result.audio_offset},
+        )
+    )
+    return row | {"status": "written", "key": key, "shard": writer.path.name, "frames": result.frames}
+
+
+def _finish(
+    destination: Path, shards: int, classes: list[str], options: PrepareOptions, *, converted_now: int
+) -> PrepareReport:
+    """Write report and manifest from the shards' indexes; the manifest comes last and makes the set whole."""
+    rows: list[dict[str, Any]] = []
+    entries = []
+    for number in range(shards):
+        index = read_json(index_path(_tar(destination, number)), "the index of a shard")
+        rows += index["report"]
+        entries.append({"name": _tar(destination, number).name, "samples": len(index["samples"]), "bytes": index["bytes"]})
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, REPORT_COLUMNS)
+    table.writeheader()
+    table.writerows(sorted(rows, key=lambda row: row["source"]))
+    write_aside(destination / REPORT, text.getvalue().encode("utf-8", "backslashreplace"))
+    skipped = Counter(row["reason"] for row in rows if row["status"] == "skipped")
+    written = sum(entry["samples"] for entry in entries)
+    if written == 0:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
+        raise UserError(f"none of {len(rows)} videos could be used: {reasons}; see {destination / REPORT}")
+    manifest = {
+        "format": FORMAT,
+        "codec": options.codec,
+        "fps": options.fps,
+        "short_side": options.short_side,
+        "sample_rate": options.sample_rate,
+        "classes": classes,
+        "samples": written,
+        "shards": entries,
+        "skipped": dict(sorted(skipped.items())),
+        "options": options.content(),
+    }
+    write_aside(destination / MANIFEST, json.dumps(manifest, indent=2).encode())
+    return PrepareReport(written, skipped, shards, converted_now)

@@ -1,0 +1,343 @@
+"""Shards: tar files of encoded samples, each with an index of byte ranges and checksums beside it.
+
+A shard set is a directory of ``manifest.json`` and, per shard, ``shard-000000.tar`` and ``shard-000000.index.json``. A tar
+holds ``KEY.mp4`` or ``KEY.avi``, ``KEY.flac`` and ``KEY.json`` per sample, one after the other, so any reader of the WebDataset
+format can stream it; the index says where each member's bytes lie, so any sample can be read alone, from any thread.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xkd_fast.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+VIDEO_SUFFIX = {"mjpeg": "avi", "h264": "mp4"}
+PARTS = ("video", "audio", "json")
+MAX_OPEN_FILES = 128
+
+
+class CorruptSampleError(Exception):
+    """A sample's stored bytes are not those that were written."""
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """What the index knows of a sample."""
+
+    key: str
+    label: int  # class number in the shard set, -1 = none
+    frames: int
+    samples: int  # of audio
+    height: int  # pixels
+    width: int  # pixels
+    shard: str  # file name of its tar
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A sample's encoded streams."""
+
+    key: str
+    label: int
+    video: NDArray[np.uint8]  # bytes of a video file
+    audio: NDArray[np.uint8]  # bytes of a FLAC file
+
+
+@dataclass(frozen=True)
+class NewSample:
+    """A sample to be written."""
+
+    key: str
+    label: int
+    video: bytes
+    audio: bytes
+    frames: int
+    samples: int  # of audio
+    height: int
+    width: int
+    details: dict[str, Any] = field(default_factory=dict)  # also in KEY.json: source, class, duration, …
+
+
+def write_aside(path: Path, data: bytes) -> None:
+    """Write a file so that ``path`` is either the old one or the whole new one, on disk."""
+    aside = path.with_name(f".{path.name}.partial")
+    with open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def index_path(tar: Path) -> Path:
+    """Where a tar's index lies."""
+    return tar.with_name(tar.name.removesuffix(".tar") + ".index.json")
+
+
+class ShardWriter:
+    """Writes one shard. Nothing appears under its name before :meth:`close`; the index, which makes it count, comes last."""
+
+    def __init__(self, directory: Path, name: str, codec: str) -> None:
+        """``name`` without suffix, such as ``shard-000000``."""
+        self.path = directory / f"{name}.tar"
+        self._aside = directory / f".{name}.tar.partial"
+        self._suffixes = dict(zip(PARTS, (VIDEO_SUFFIX[codec], "flac", "json"), strict=True))
+        self._file = open(self._aside, "wb")  # noqa: SIM115
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, sample: NewSample) -> None:
+        """Append a sample."""
+        row = {
+            "key": sample.key,
+            "label": sample.label,
+            "frames": sample.frames,
+            "samples": sample.samples,
+            "height": sample.height,
+            "width": sample.width,
+        }
+        details = json.dumps({**row, **sample.details}).encode()
+        for part, data in zip(PARTS, (sample.video, sample.audio, details), strict=True):
+            member = tarfile.TarInfo(f"{sample.key}.{self._suffixes[part]}")
+            member.size = len(data)
+            row[part] = [self._tar.offset + tarfile.BLOCKSIZE, len(data), zlib.crc32(data)]
+            self._tar.addfile(member, io.BytesIO(data))
+        self._rows.append(row)
+
+    def close(self, extra: dict[str, Any] | None = None) -> None:
+        """Finish the shard; ``extra`` goes into its index."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        size = self._file.tell()
+        self._file.close()
+        os.replace(self._aside, self.path)
+        index = {"format": FORMAT, "bytes": size, **(extra or {}), "samples": self._rows}
+        write_aside(index_path(self.path), json.dumps(index).encode())
+
+    def abandon(self) -> None:
+        """Give up: remove what was written."""
+        self._file.close()
+        self._aside.unlink(missing_ok=True)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: naming the file, if it is missing, unreadable or something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}, {what}, cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, {what}, does not hold a JSON object")
+    return value
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Numbers of every sample of one directory."""
+
+    keys: list[str]
+    columns: dict[str, NDArray[np.int64]]  # label, frames, samples, height, width: [N]
+    ranges: NDArray[np.int64]  # [N, 3 parts, (offset, size, crc)]
+    shard: NDArray[np.int64]  # [N] number of the tar
+    tars: list[Path]
+
+
+COLUMNS = ("label", "frames", "samples", "height", "width")
+
+
+def _read_directory(directory: Path) -> tuple[dict[str, Any], _Table]:
+    if not (directory / MANIFEST).is_file():
+        raise UserError(
+            f"{directory} is no shard set: it has no {MANIFEST}. Make one with `xkd-fast prepare VIDEOS {directory}`"
+            " (an interrupted prepare goes on when it is called again)"
+        )
+    manifest = read_json(directory / MANIFEST, "the manifest of a shard set")
+    try:
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{directory / MANIFEST} has format {manifest['format']}; this version reads format {FORMAT}")
+        keys: list[str] = []
+        rows: list[list[int]] = []
+        ranges: list[list[list[int]]] = []
+        shard: list[int] = []
+        tars = [directory / entry["name"] for entry in manifest["shards"]]
+        for number, (tar, entry) in enumerate(zip(tars, manifest["shards"], strict=True)):
+            size = tar.stat().st_size if tar.is_file() else None
+            if size != entry["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise UserError(
+                    f"{tar} {found}, but its manifest says {entry['bytes']} bytes; copy or prepare the shards again"
+                )
+            index = read_json(index_path(tar), "the index of a shard")
+            if len(index["samples"]) != entry["samples"]:
+                raise UserError(
+                    f"{index_path(tar)} lists {len(index['samples'])} samples, the manifest {entry['samples']}; "
+                    "copy or prepare the shards again"
+                )
+            for row in index["samples"]:
+                keys.append(row["key"])
+                rows.append([row[name] for name in COLUMNS])
+                ranges.append([row[part] for part in PARTS])
+                shard.append(number)
+        columns = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
+        table = _Table(
+            keys,
+            {name: columns[:, place] for place, name in enumerate(COLUMNS)},
+            np.array(ranges, np.int64).reshape(-1, len(PARTS), 3),
+            np.array(shard, np.int64),
+            tars,
+        )
+        for name in ("codec", "fps", "sample_rate", "classes"):
+            manifest[name]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{directory}: manifest or index is damaged ({type(error).__name__}: {error})") from error
+    return manifest, table
+
+
+class ShardSet:
+    """Every sample of one or several shard directories, readable in any order and from any thread.
+
+    Attributes:
+        codec, fps, sample_rate: of all samples.
+        classes: class names, sorted; a label is a place in it.
+        keys: [N] sample keys.
+        labels, frames, samples, heights, widths: [N] int64.
+    """
+
+    def __init__(self, directories: Sequence[Path]) -> None:
+        manifests, tables = zip(*(_read_directory(directory) for directory in directories), strict=True)
+        first = manifests[0]
+        for directory, manifest in zip(directories, manifests, strict=True):
+            for name in ("codec", "fps", "sample_rate"):
+                if manifest[name] != first[name]:
+                    raise UserError(
+                        f"{directory} has {name} {manifest[name]}, {directories[0]} has {first[name]}; "
+                        "shards used together must agree"
+                    )
+        self.codec: str = first["codec"]
+        self.fps: float = float(first["fps"])
+        self.sample_rate: int = int(first["sample_rate"])
+        self.classes: list[str] = sorted({name for manifest in manifests for name in manifest["classes"]})
+        number = {name: place for place, name in enumerate(self.classes)}
+        labels = []
+        for manifest, table in zip(manifests, tables, strict=True):
+            mapping = np.array([number[name] for name in manifest["classes"]] + [-1], np.int64)
+            labels.append(mapping[table.columns["label"]])
+        self.labels: NDArray[np.int64] = np.concatenate(labels)
+        self.frames, self.samples, self.heights, self.widths = (
+            np.concatenate([table.columns[name] for table in tables]) for name in COLUMNS[1:]
+        )
+        self.keys: list[str] = [key for table in tables for key in table.keys]
+        self._ranges = np.concatenate([table.ranges for table in tables])
+        starts = np.cumsum([0, *(len(table.tars) for table in tables)])
+        self._shard = np.concatenate([table.shard + start for table, start in zip(tables, starts, strict=False)])
+        self._tars = [tar for table in tables for tar in table.tars]
+        self._open: OrderedDict[int, _File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> ShardSet:
+        """Open one directory or several as one set.
+
+        Raises:
+            UserError: a directory that is no shard set, is damaged, or does not go with the others.
+        """
+        several = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+        if not several:
+            raise UserError("no shard directory is named; make one with `xkd-fast prepare`")
+        return cls([Path(path) for path in several])
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def record(self, index: int) -> SampleRecord:
+        """What the index knows of a sample."""
+        return SampleRecord(
+            key=self.keys[index],
+            label=int(self.labels[index]),
+            frames=int(self.frames[index]),
+            samples=int(self.samples[index]),
+            height=int(self.heights[index]),
+            width=int(self.widths[index]),
+            shard=str(self._tars[self._shard[index]]),
+        )
+
+    def read(self, index: int) -> EncodedSample:
+        """A sample's encoded video and audio.
+
+        Raises:
+            CorruptSampleError: naming shard and key, if the bytes do not have the checksum they were written with.
+        """
+        video, audio = (self._read_part(index, part) for part in (0, 1))
+        return EncodedSample(self.keys[index], int(self.labels[index]), video, audio)
+
+    def details(self, index: int) -> dict[str, Any]:
+        """A sample's ``KEY.json``: source, class, duration and whatever else was noted when it was prepared."""
+        details: dict[str, Any] = json.loads(self._read_part(index, 2).tobytes())
+        return details
+
+    def verify(self) -> Iterator[CorruptSampleError]:
+        """Read everything and yield what is damaged."""
+        for index in range(len(self)):
+            for part in range(len(PARTS)):
+                try:
+                    self._read_part(index, part)
+                except CorruptSampleError as error:
+                    yield error
+
+    def _read_part(self, index: int, part: int) -> NDArray[np.uint8]:
+        offset, size, expected = (int(number) for number in self._ranges[index, part])
+        number = int(self._shard[index])
+        data = self._file(number).read(offset, size)
+        actual = zlib.crc32(data)
+        if len(data) != size or actual != expected:
+            raise CorruptSampleError(
+                f"{self._tars[number]}, sample {self.keys[index]}, {PARTS[part]}: {len(data)} of {size} bytes, "
+                f"CRC {actual:08x} where {expected:08x} was written"
+            )
+        return np.frombuffer(data, np.uint8)
+
+    def _file(self, number: int) -> _File:
+        with self._lock:
+            file = self._open.pop(number, None) or _File(self._tars[number])
+            self._open[number] = file
+            if len(self._open) > MAX_OPEN_FILES:
+                self._open.popitem(last=False)  # closed when its last reader lets go of it
+            return file
+
+
+class _File:
+    """A file descriptor that closes with its last reference."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = -1
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{path} cannot be opened: {error}") from error
+
+    def read(self, offset: int, size: int) -> bytes:
+        """``size`` bytes at ``offset``; fewer at the end of the file."""
+        return os.pread(self._descriptor, size, offset)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)

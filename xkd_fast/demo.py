@@ -1,0 +1,128 @@
+"""The demo: render videos, prepare shards, pretrain with DeepSpeed, evaluate, and show what pretraining was worth."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from xkd_fast.config import Config, load_config
+from xkd_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from xkd_fast.analysis.report import Section
+    from xkd_fast.evaluate.svm import SvmReport
+
+MODALITIES = ("video", "audio", "both")
+SHOWN_CLIPS = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``xkd-fast demo``."""
+    parser.add_argument("--config", default="demo", help="configuration with a data.demo section (default: demo)")
+    parser.add_argument("--processes", type=int, default=2, help="training processes on this machine (default: 2)")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="options that differ from the file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo from start to report; a second call goes on where the first one stopped."""
+    config = load_config(args.config, args.overrides)
+    if config.data.demo is None:
+        raise UserError(f"--config {args.config} has no data.demo section, so there is nothing to render; use the shipped demo")
+    console, start = Console(), time.perf_counter()
+
+    def stage(title: str) -> None:
+        console.rule(f"{title}  [dim]{time.perf_counter() - start:.0f} s", align="left")
+
+    from xkd_fast.data.rendered import ensure_rendered
+
+    stage("1  Render videos and prepare shards")
+    ensure_rendered(config, console, workers=os.cpu_count() or 1)
+    stage(f"2  Pretrain {config.model.variant.upper()} on {args.processes} processes")
+    pretrain(args.config, args.overrides, args.processes)
+    stage("3  Evaluate frozen features with linear SVMs")
+    reports = evaluate(config, console)
+    stage("4  Report")
+    page = Path(config.output) / "report.html"
+    write_demo_report(page, config, reports)
+    console.print(results_table(reports))
+    console.print(f"Pictures and curves: {page}   Finished in {time.perf_counter() - start:.0f} s")
+    return 0
+
+
+def pretrain(config: str, overrides: list[str], processes: int) -> None:
+    """Train under the ``deepspeed`` launcher, resuming where an earlier run stopped.
+
+    Raises:
+        UserError: if training fails; its own message stands above.
+    """
+    from xkd_fast.engine.launch import free_port
+
+    launcher = Path(sys.executable).with_name("deepspeed")
+    script = Path(__file__).with_name("train.py")
+    command = [str(launcher), "--log_level", "error", "--num_accelerators", str(processes), "--master_port", str(free_port())]
+    command += [str(script), "--config", config, "--resume", "auto", *overrides]
+    environment = dict(os.environ, PATH=f"{launcher.parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        raise UserError(f"training ended with exit code {code}; its message stands above. The command was: {' '.join(command)}")
+
+
+def evaluate(config: Config, console: Console) -> dict[str, SvmReport]:
+    """SVM reports of the pretrained model and of the same model at initialisation."""
+    from xkd_fast.engine.checkpoint import Checkpoints
+    from xkd_fast.evaluate.svm import SvmOptions, evaluate_svm
+
+    assert config.data.demo is not None
+    shards = Path(config.data.demo.shards)
+    checkpoint = Checkpoints.from_config(config).found()[-1]
+    reports = {}
+    for name, untrained in (("pretrained", False), ("untrained", True)):
+        console.print(f"{name} model")
+        options = SvmOptions(
+            checkpoint=checkpoint,
+            data=shards / "train",
+            test_data=shards / "test",
+            untrained=untrained,
+            train_clips=2,
+            output=Path(config.output) / "svm" / name,
+        )
+        reports[name] = evaluate_svm(options, console=console)
+    return reports
+
+
+def results_rows(reports: dict[str, SvmReport]) -> list[list[str]]:
+    """Top-1 in per cent: modality, pretrained, untrained, chance."""
+    chance = f"{100 * reports['pretrained'].chance:.1f}"
+    columns = [{m: f"{100 * reports[name].top1[m]:.1f}" for m in MODALITIES} for name in ("pretrained", "untrained")]
+    return [[m, *(column[m] for column in columns), chance] for m in MODALITIES]
+
+
+def results_table(reports: dict[str, SvmReport]) -> Table:
+    """The demo's result as a table for the terminal."""
+    table = Table(title="Linear SVM on frozen features, top-1 % on unseen clips")
+    for heading in ("features", "pretrained", "untrained", "chance"):
+        table.add_column(heading, justify="left" if heading == "features" else "right")
+    for row in results_rows(reports):
+        table.add_row(*row)
+    return table
+
+
+def write_demo_report(page: Path, config: Config, reports: dict[str, SvmReport]) -> None:
+    """``report.html`` of the demo: results, curves and pictures."""
+    from xkd_fast.analysis.report import Section, curve_section, read_metrics, summary_section, table, write_report
+
+    rows = read_metrics(Path(config.output) / "metrics.jsonl")
+    text = "Linear SVM on frozen features of clips not seen in training; the untrained model is the same one at initialisation."
+    results = Section(
+        "Top-1 accuracy, %", text, table(("features", "pretrained", "untrained", "chance"), results_rows(reports))
+    )
+    sections = [results, summary_section(config, rows), curve_section(config, rows), *picture_sections(config)]
+    write_report(page, "xkd_fast demo", sections)
