@@ -64,6 +64,9 @@ WRONG_INPUT = [
     (("train", "--config", "nowhere.yaml"), "configuration file nowhere.yaml does not exist; name a YAML file"),
     (("train", "train.epoch=2"), "train.epoch is not an option; the nearest one is train.epochs"),
     (("train", "--config", "xkd_base_k400", "model.video.size=113"), "model.video.size = 113 must be a positive multiple of"),
+    (("prepare", "{tmp}", "{tmp}/shards"), "holds no video; files with one of these endings count"),
+    (("prepare", "{tmp}/nowhere", "{tmp}/shards"), "nowhere is not a folder; name the folder that holds the videos"),
+    (("prepare", "{tmp}", "{tmp}/shards", "--quality", "99"), "quality = 99 must lie in 2-31 for mjpeg"),
     (("render", "{root}"), "so it was not rendered by xkd-fast; choose an empty folder"),
     (("render", "{tmp}", "--clips-per-class", "0"), "clips_per_class = 0 must be 1 or more"),
     (("render", "{tmp}", "--fps", "many"), "argument --fps: invalid int value: 'many'"),
@@ -82,7 +85,7 @@ def test_wrong_input_ends_with_one_sentence(tmp_path, capsys, arguments, sentenc
     assert sentence in shown.err
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [WRONG_INPUT[1], WRONG_INPUT[3]])
+@pytest.mark.parametrize(("arguments", "sentence"), [WRONG_INPUT[1], WRONG_INPUT[6]])
 def test_wrong_input_shows_no_traceback(arguments, sentence):
     """Catches a traceback or a lost exit code on the way out of a real process."""
     result = run(*(argument.format(root=ROOT) for argument in arguments))
@@ -139,6 +142,21 @@ def test_render_writes_a_data_set_and_keeps_what_is_there(tmp_path, capsys):
     assert sorted(path.parent.name for path in (tmp_path / "videos").rglob("*.mp4")) == ["flash", "orbit"]
     assert cli.main(arguments) == 0
     assert "2 clips of 2 classes, 0 of them rendered now" in capsys.readouterr().out
+
+
+def test_prepare_tells_what_it_wrote_and_what_it_skipped(tmp_path, capsys):
+    """Catches arguments that do not reach the conversion, and skipped videos that go unmentioned."""
+    videos, shards = tmp_path / "videos", tmp_path / "shards"
+    small = ["--seconds", "0.5", "0.6", "--width", "32", "--height", "32", "--workers", "1"]
+    assert cli.main(["render", str(videos), "--clips-per-class", "2", "--classes", "flash", *small]) == 0
+    (videos / "flash" / "torn.mp4").write_bytes(b"not a video")
+    capsys.readouterr()
+    assert cli.main(["prepare", str(videos), str(shards), "--short-side", "16", "--fps", "4", "--workers", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{shards}: 2 samples in 1 shards, 3 videos handled now" in shown
+    assert f"1 of 3 videos skipped (1 unreadable); listed in {shards}/report.csv" in shown
+    manifest = json.loads((shards / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["fps"], manifest["short_side"], manifest["samples"]) == (4, 16, 2)
 
 
 @dataclass(frozen=True)

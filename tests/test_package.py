@@ -73,7 +73,7 @@ def test_a_wheel_carries_packages_and_configurations(tmp_path):
     """Catches an installed `xkd-fast train` that finds no demo.yaml, and packages missing from the wheel."""
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "configs", "kernels", "xkd_fast"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "configs", "kernels", "xkd_fast"):
         (source / name).symlink_to(ROOT / name)
     build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=120)

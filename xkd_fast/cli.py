@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +18,14 @@ from xkd_fast.errors import UserError
 
 EXAMPLES = """\
 a first run, from nothing to a trained model:
-  xkd-fast render runs/videos --clips-per-class 50      render labelled videos to play with
-  xkd-fast prepare runs/videos runs/shards              turn a folder of videos into shards
-  xkd-fast train data.train=[runs/shards]               pretrain the demo's model on them
+  xkd-fast render runs/videos --clips-per-class 50              render labelled videos to play with
+  xkd-fast prepare runs/videos runs/shards --fps 4              turn a folder of videos into shards
+  xkd-fast train 'data.train=[runs/shards]' output=runs/first   pretrain the demo's model on them
 
 more:
-  xkd-fast train --config xkd_base_k400 --print-config  every option of a recipe, explained
-  xkd-fast doctor                                       what this machine has, and what it lacks
-  xkd-fast COMMAND --help                               a command's arguments
+  xkd-fast train --config xkd_base_k400 --print-config          every option of a recipe, explained
+  xkd-fast doctor                                               what this machine has, and what it lacks
+  xkd-fast COMMAND --help                                       a command's arguments
 """
 
 
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command_parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"xkd-fast {name}",
-        description=description,
+        description=textwrap.fill(description, 78),
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -195,8 +196,8 @@ def prepare(arguments: list[str]) -> int:
 
     parser = _command_parser(
         "prepare",
-        "Turn a folder of videos into shards for training and evaluation: constant frame rate, small frames, 16 kHz mono sound. "
-        "The folders inside SOURCE are the classes. Videos that cannot be used are skipped, counted and listed with the reason. "
+        "Turn a folder of videos into shards for training and evaluation: constant frame rate, small frames, mono sound. The "
+        "folders inside SOURCE are the classes. Videos that cannot be used are skipped, counted and listed with the reason. "
         "Called again after an interruption, it goes on.",
         "  xkd-fast prepare /data/kinetics/train /data/k400/train\n"
         "  xkd-fast prepare runs/videos runs/shards --fps 4 --short-side 64 --workers 2",
@@ -212,7 +213,7 @@ def prepare(arguments: list[str]) -> int:
     if report.skipped:
         reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.skipped.most_common())
         print(
-            f"{report.skipped.total()} of {report.sources} videos skipped ({reasons}); each is listed in {given.destination}/{REPORT}"
+            f"{report.skipped.total()} of {report.sources} videos skipped ({reasons}); listed in {given.destination}/{REPORT}"
         )
     return 0
 
