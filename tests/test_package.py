@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -53,6 +54,22 @@ def test_every_requirement_is_pinned_within_its_range(python_version):
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()
         assert name in pins, f"{name} is not in constraints.txt"
         assert pins[name] in requirement.specifier, f"{name}=={pins[name]} does not satisfy {line}"
+
+
+def test_every_import_is_required():
+    """Catches a package that the code imports and that only happens to be installed here, such as one of torch's own needs."""
+    required = {re.sub(r"[-_.]+", "-", Requirement(line).name).lower() for line in PROJECT["dependencies"]}
+    distributions = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
+    optional = {"nvidia", "wandb", "xformers", "apex", "triton"}  # extras, and what is tried at run time
+    for folder in ("xkd_fast", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                    names = [node.module]
+                for name in {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - optional:
+                    if name not in ("xkd_fast", "xkd_kernels"):
+                        assert distributions.get(name, name) in required, f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_names_that_are_not_the_real_thing_are_never_required():
