@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +127,32 @@ class _Motion:
 
 
 @dataclass
+class _Line:
+    """Part of the scene's apparatus, which may move: a straight bar between two points, in frame heights."""
+
+    x0: np.ndarray | float  # [T] or one place for the whole clip
+    y0: np.ndarray | float
+    x1: np.ndarray | float
+    y1: np.ndarray | float
+
+
+@dataclass
+class _Circle:
+    """Part of the scene's apparatus: a round track, in frame heights."""
+
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass
 class _Event:
-    """What a class renders: its objects, its sound and its instants."""
+    """What a class renders: its objects, its sound, its instants, and what the objects hang from, roll on or run in."""
 
     objects: list[_Motion]
     sound: np.ndarray  # [samples] float, any scale
     times: np.ndarray  # [n] seconds
+    apparatus: list[_Line | _Circle] = field(default_factory=list)
 
 
 # --------------------------------------------------------------------------------------------------------------- sounds
@@ -238,7 +258,8 @@ def _bounce(scene: _Scene) -> _Event:
     x = rng.uniform(0.4, scene.aspect - 0.4) + sway
     y = floor - scene.size - 4 * height * u * (1 - u)
     times = _contacts(phase, period, scene.seconds)
-    return _Event([_Motion(x, y, np.full(len(t), scene.size))], _impacts(scene, times, _thud(scene)), times)
+    ground = _Line(-1.0, floor + 0.02, 9.0, floor + 0.02)
+    return _Event([_Motion(x, y, np.full(len(t), scene.size))], _impacts(scene, times, _thud(scene)), times, [ground])
 
 
 def _fold(position: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -253,8 +274,9 @@ def _ricochet(scene: _Scene) -> _Event:
     rng, t = scene.rng, scene.frame_times
     times: list[np.ndarray] = []
     paths = []
+    wall = rng.uniform(0.03, 0.09)
     for extent in (scene.aspect, 1.0):
-        low, high = scene.size, extent - scene.size
+        low, high = wall + scene.size, extent - wall - scene.size
         speed = rng.uniform(0.5, 1.0) * rng.choice((-1.0, 1.0))
         start = rng.uniform(low, high)
         paths.append(_fold(start + speed * t, low, high))
@@ -263,7 +285,10 @@ def _ricochet(scene: _Scene) -> _Event:
         times.append((low + crossed * (high - low) - start) / speed)
     instants = np.sort(np.concatenate(times))
     motion = _Motion(paths[0], paths[1], np.full(len(t), scene.size))
-    return _Event([motion], _impacts(scene, instants, _click(scene)), instants)
+    left, right, top, bottom = wall - 0.02, scene.aspect - wall + 0.02, wall - 0.02, 1.02 - wall
+    corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+    walls_drawn: list[_Line | _Circle] = [_Line(*a, *b) for a, b in zip(corners, corners[1:], strict=False)]
+    return _Event([motion], _impacts(scene, instants, _click(scene)), instants, walls_drawn)
 
 
 def _flash(scene: _Scene) -> _Event:
@@ -306,7 +331,7 @@ def _orbit(scene: _Scene) -> _Event:
     tone = _tone(scene.pitch(250, 1000) * 2 ** (0.12 * height), scene.options.sample_rate, _partials(rng))
     n = len(scene.frame_times)
     motion = _Motion(cx + radius * np.cos(angle), cy - radius * np.sin(angle), np.full(n, scene.size))
-    return _Event([motion], tone * (0.52 + 0.48 * height) ** 1.5, np.empty(0))
+    return _Event([motion], tone * (0.52 + 0.48 * height) ** 1.5, np.empty(0), [_Circle(cx, cy, radius)])
 
 
 def _pendulum(scene: _Scene) -> _Event:
@@ -326,7 +351,8 @@ def _pendulum(scene: _Scene) -> _Event:
     tick = _click(scene)
     sound = 0.25 * whoosh + 0.8 * _impacts(scene, times, tick)
     x, y = px + length * np.sin(angle), py + length * np.cos(angle)
-    return _Event([_Motion(x, y, np.full(len(angle), scene.size))], sound, times)
+    beam = _Line(px - 0.3, py, px + 0.3, py)
+    return _Event([_Motion(x, y, np.full(len(angle), scene.size))], sound, times, [beam, _Line(px, py, x, y)])
 
 
 def _slide(scene: _Scene) -> _Event:
@@ -345,7 +371,9 @@ def _slide(scene: _Scene) -> _Event:
     n = len(scene.frame_times)
     motion = _Motion(place(scene.frame_times) * span - scene.size, np.full(n, y), np.full(n, scene.size))
     wraps = _contacts(phase if direction > 0 else 1 - phase, crossing, scene.seconds)
-    return _Event([motion], _tone(pitch, scene.options.sample_rate, _partials(rng)), wraps)
+    gap = scene.size + 0.03
+    rails: list[_Line | _Circle] = [_Line(-1.0, y + side * gap, 9.0, y + side * gap) for side in (-1, 1)]
+    return _Event([motion], _tone(pitch, scene.options.sample_rate, _partials(rng)), wraps, rails)
 
 
 def _collide(scene: _Scene) -> _Event:
@@ -453,6 +481,24 @@ def _draw(frames: np.ndarray, motion: _Motion, shape: str, colour: np.ndarray, t
             patch += cover * (paint - patch)
 
 
+def _draw_apparatus(frames: np.ndarray, parts: list[_Line | _Circle], colour: np.ndarray, thickness: float) -> None:
+    """Paint bars and tracks onto frames [T, H, W, 3] float32 (0–255), in place; ``thickness`` in frame heights."""
+    count, h, w, _ = frames.shape
+    y, x = np.mgrid[0:h, 0:w].astype(np.float32)
+    paint = colour.astype(np.float32) * 255
+    for part in parts:
+        if isinstance(part, _Circle):
+            distance = np.abs(np.hypot(x + 0.5 - part.x * h, y + 0.5 - part.y * h) - part.radius * h)[None]
+        else:
+            ends = (np.asarray(place, np.float32).reshape(-1, 1, 1) * h - 0.5 for place in (part.x0, part.y0, part.x1, part.y1))
+            x0, y0, x1, y1 = ends
+            dx, dy = x1 - x0, y1 - y0
+            along = np.clip(((x - x0) * dx + (y - y0) * dy) / np.maximum(dx * dx + dy * dy, 1e-6), 0, 1)
+            distance = np.hypot(x - x0 - along * dx, y - y0 - along * dy)
+        cover = np.clip(0.5 + thickness * h / 2 - distance, 0, 1)[..., None]
+        frames += cover * (paint - frames)
+
+
 def _contrasting_colour(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
     """A random colour that can be told from the background's mean: of several draws the farthest."""
     draws = rng.uniform(0, 1, (6, 3))
@@ -477,6 +523,8 @@ def _render_frames(scene: _Scene, event: _Event) -> np.ndarray:
     frames[:] = background * 255
     if rng.uniform() < options.distractors:
         _draw(frames, _distractor(scene), str(rng.choice(SHAPES)), rng.uniform(0, 1, 3), rng.uniform(0, 2 * np.pi))
+    if event.apparatus:
+        _draw_apparatus(frames, event.apparatus, _contrasting_colour(rng, background), rng.uniform(0.025, 0.045))
     for motion in event.objects:
         colour = _contrasting_colour(rng, background)
         _draw(frames, motion, str(rng.choice(SHAPES)), colour, rng.uniform(0, 2 * np.pi))
@@ -537,7 +585,7 @@ def render_clip(class_name: str, index: int, options: SyntheticOptions) -> Clip:
         raise UserError(f"class {class_name!r} is not one of: {', '.join(CLASSES)}")
     rng = np.random.default_rng([options.seed, CLASSES.index(class_name), index])
     frames = round(rng.uniform(*options.seconds) * options.fps)
-    low, high = 0.11, 0.19
+    low, high = 0.13, 0.21
     size = rng.uniform(low, high)
     scene = _Scene(
         rng=rng,
