@@ -99,7 +99,8 @@ def test_hue_is_colorsys(turns: float) -> None:
 
 
 def test_hue_is_pils_but_for_its_8_bit_hue() -> None:
-    # torchvision shifts the hue channel of 8-bit images so; half a step of 1/255 turn is up to 3 grey levels, there and back 6
+    # torchvision shifts the hue channel of 8-bit images so. A step of 1/255 turn is up to 6 grey levels, and PIL truncates to
+    # whole steps, of saturation too; a rotation in YIQ is 20 levels off on average
     image = picture(3)
     hue, saturation, value = (np.asarray(band) for band in Image.fromarray(image).convert("HSV").split())
     turned = [Image.fromarray(band) for band in ((hue.astype(int) + 32).astype(np.uint8), saturation, value)]
@@ -107,7 +108,7 @@ def test_hue_is_pils_but_for_its_8_bit_hue() -> None:
     ours = grey_levels(shift_hue(as_video(image), torch.tensor([32 / 255])))[0]
     difference = np.abs(ours - expected)
     assert difference.mean() <= 1
-    assert difference.max() <= 8
+    assert difference.max() <= 12
 
 
 def test_grey() -> None:

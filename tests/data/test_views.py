@@ -174,6 +174,14 @@ def test_crops_lie_in_the_frame(height: int, width: int, area: list[float], aspe
     assert crop_width >= 1
 
 
+def test_aspect_is_width_over_height() -> None:
+    # the released range is symmetric, so an inverted aspect shows only with another one
+    numbers = np.random.default_rng(0).random(4000)
+    for start in range(0, 4000, 40):
+        _, _, height, width = draw_crop(iter(numbers[start:]), 100, 100, (0.1, 0.2), (1.5, 2.0))
+        assert 1.4 < width / height < 2.1
+
+
 def test_crop_that_never_fits_is_the_largest_centred_one() -> None:
     # "off": the centre square of the frame, whatever its aspect
     for height, width, crop in ((100, 180, (0, 40, 100, 100)), (180, 100, (40, 0, 100, 100)), (64, 64, (0, 0, 64, 64))):

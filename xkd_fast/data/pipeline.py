@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xkd_fast.data.augment import ViewMaker
+from xkd_fast.data.decode import ClipDecoder, DecodedClip, DecodeRequest, UndecodableError, require_cpu_codec
 from xkd_fast.data.log_mel import MelOptions
+from xkd_fast.data.prefetch import Prefetcher, single_threaded_pool
+from xkd_fast.data.sampler import Sampler, clip_draw, evaluation_starts, mask_noise, replacement
+from xkd_fast.data.shards import CorruptSampleError, ShardSet
+from xkd_fast.data.views import AugmentOptions, ClipDraw, ClipShape, MaskNoise, Views, ViewShape, last_start, plain_draw
+from xkd_fast.errors import UserError
 from xkd_fast.model.options import FORBID_EXTRA, ModelOptions, option
+
+if TYPE_CHECKING:
+    from xkd_fast.config import Config
+
+MAX_REPLACEMENTS = 20  # damaged samples in a row, in the place of one
 
 
 @dataclass(frozen=True)
@@ -82,3 +103,390 @@ def check_against_model(data: DataOptions, mel: MelOptions, model: ModelOptions)
             )
     if mel.f_max > data.sample_rate / 2:
         raise ValueError(f"mel.f_max = {mel.f_max:g} Hz must be at most half of data.sample_rate = {data.sample_rate} Hz")
+
+
+def view_shape(data: DataOptions, model: ModelOptions) -> ViewShape:
+    """Sizes of the clip and its views.
+
+    Args:
+        data: already checked against ``model``.
+        model: as trained.
+    """
+    return ViewShape(data.fps, data.sample_rate, data.clip_samples, data.local_samples, model.video, model.audio)
+
+
+def check_against_shards(data: DataOptions, shards: ShardSet) -> None:
+    """Refuse shards that were prepared for another clip, or that cannot be decoded here.
+
+    Raises:
+        UserError: naming the value, the rule and what to do.
+    """
+    require_cpu_codec(shards.codec, "the data set")
+    for name, stored, asked in (("fps", shards.fps, data.fps), ("sample_rate", shards.sample_rate, data.sample_rate)):
+        if stored != asked:
+            raise UserError(
+                f"data.{name} = {asked:g}, but the shards hold {stored:g}; set data.{name}={stored:g}, or prepare them again"
+            )
+    if len(shards) == 0:
+        raise UserError("the data set holds no samples; prepare shards that do")
+
+
+def clip_shape(shards: ShardSet, sample: int) -> ClipShape:
+    """What the index says of a stored sample."""
+    columns = shards.frames, shards.samples, shards.heights, shards.widths
+    return ClipShape(*(int(column[sample]) for column in columns))
+
+
+@dataclass(frozen=True)
+class DamagedSample:
+    """A sample that could not be used, and what was done about it."""
+
+    sample: int
+    key: str
+    reason: str
+    epoch: int
+    replaced_by: int
+
+
+def cut_clip(decoded: DecodedClip, start_sample: int, shape: ViewShape) -> tuple[Tensor, Tensor]:
+    """The clip's frames [T, H, W, 3] and sound [samples]: short ones repeated from their start and padded with zeros."""
+    frames, waveform = decoded.frames, decoded.waveform[start_sample : start_sample + shape.clip_samples]
+    if len(frames) < shape.video.frames:
+        frames = frames[torch.arange(shape.video.frames) % len(frames)]
+    if len(waveform) < shape.clip_samples:
+        waveform = F.pad(waveform, (0, shape.clip_samples - len(waveform)))
+    return frames, waveform
+
+
+class ViewPipeline:
+    """Shards to batches of views: reads, decodes, augments, ahead of the step.
+
+    What a batch holds is a pure function of (seed, epoch, step, rank, world size); `batches` can start anywhere.
+
+    Args:
+        shards: what to train on.
+        model: sizes of the views.
+        augment: how views are drawn.
+        mel: the log-mel front end.
+        data: what a clip is, threads, prefetching, what to do about damaged samples.
+        seed: of shuffling and of all draws.
+        rank: of this process.
+        world_size: number of processes.
+        micro_batch: clips per process and micro-batch.
+        accumulation: micro-batches per step.
+        device: where batches are put; decoding and augmentation run on the CPU.
+
+    Raises:
+        ValueError: sizes that do not fit the model.
+        UserError: shards that do not fit, or too few samples for one step.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        model: ModelOptions,
+        augment: AugmentOptions,
+        mel: MelOptions,
+        data: DataOptions,
+        *,
+        seed: int,
+        micro_batch: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_against_model(data, mel, model)
+        check_against_shards(data, shards)
+        self.shards = shards
+        self.augment = augment
+        self.data = data
+        self.sampler = Sampler(len(shards), seed, micro_batch, accumulation, rank, world_size)
+        self.shape = view_shape(data, model)
+        self.damaged: list[DamagedSample] = []  # each occurrence, as met by this process
+        self.device = torch.device(device)
+        self._maker = ViewMaker(self.shape, augment, mel)
+        self._decoder = ClipDecoder(micro_batch, data.threads)
+        self._pool = single_threaded_pool(data.threads)
+        self._prefetcher: Prefetcher[tuple[Views, MaskNoise]] | None = None
+        self._waited_before = 0.0
+
+    @classmethod
+    def from_config(cls, config: Config, shards: ShardSet, rank: int, world_size: int) -> ViewPipeline:
+        """The pipeline of a training run; batches stay in host memory."""
+        return cls(
+            shards,
+            config.model,
+            config.augment,
+            config.mel,
+            config.data,
+            seed=config.seed,
+            micro_batch=config.train.micro_batch,
+            accumulation=config.train.accumulation(world_size),
+            rank=rank,
+            world_size=world_size,
+        )
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long consumers of `batches` have waited for data, seconds."""
+        return self._waited_before + (self._prefetcher.wait_seconds if self._prefetcher else 0.0)
+
+    def health(self) -> dict[str, float]:
+        """What went wrong in this process, for the metrics."""
+        return {"damaged_samples": float(len(self.damaged))}
+
+    def batches(self, epoch: int = 0, step: int = 0) -> Iterator[tuple[Views, MaskNoise]]:
+        """Micro-batches from ``step`` of ``epoch`` on, for ever, made ahead in the background.
+
+        Only one stream runs at a time: starting another stops the one before. ``step`` may exceed the epoch.
+        """
+        self._stop_prefetching()
+        prefetcher = self._prefetcher = Prefetcher(self._make(epoch, step), self.data.prefetch)
+        try:
+            for views, noise in prefetcher:
+                yield views.to(self.device), noise.to(self.device)
+        finally:
+            prefetcher.close()
+
+    def _make(self, epoch: int, step: int) -> Iterator[tuple[Views, MaskNoise]]:
+        steps = self.sampler.steps_per_epoch
+        for place in itertools.count(epoch * steps + step):
+            for micro in range(self.sampler.accumulation):
+                views, noise = self.batch(*divmod(place, steps), micro)
+                yield (views.pin_memory(), noise) if self.device.type == "cuda" else (views, noise)
+
+    def batch(self, epoch: int, step: int, micro: int = 0) -> tuple[Views, MaskNoise]:
+        """One micro-batch of this rank, made now, in host memory. Not while `batches` runs."""
+        samples, draws, clips = self._fetch(epoch, self.sampler.ids(epoch, step, micro).tolist())
+        views = self._maker.empty(len(samples))
+
+        def augment(row: int) -> None:
+            frames, waveform = cut_clip(clips[row], draws[row].start_sample, self.shape)
+            self._maker.fill(views, slice(row, row + 1), [frames], [waveform], [draws[row]])
+
+        list(self._pool.map(augment, range(len(samples))))
+        views.keys = [self.shards.keys[sample] for sample in samples]
+        views.labels = torch.from_numpy(self.shards.labels[samples].astype(np.int64))
+        noise = [mask_noise(self.sampler.seed, epoch, sample, self.shape) for sample in samples]
+        video, audio = (torch.from_numpy(np.stack(rows)) for rows in zip(*noise, strict=True))
+        return views, MaskNoise(video=video, audio=audio)
+
+    def _fetch(self, epoch: int, wanted: list[int]) -> tuple[list[int], list[ClipDraw], list[DecodedClip]]:
+        # decoded clips of the wanted samples, or of others where one is damaged
+        samples, attempts = list(wanted), [0] * len(wanted)
+        requests: dict[int, DecodeRequest] = {}
+        draws: dict[int, ClipDraw] = {}
+
+        def read(row: int) -> str | None:
+            stored = clip_shape(self.shards, samples[row])
+            draws[row] = clip_draw(self.sampler.seed, epoch, samples[row], stored, self.shape, self.augment)
+            frames = min(self.shape.video.frames, stored.frames)
+            try:
+                requests[row] = encoded_request(self.shards, samples[row], draws[row].start_frame, frames)
+            except CorruptSampleError as error:
+                return str(error)
+            return None
+
+        def replace(row: int, reason: str) -> None:
+            attempts[row] += 1
+            samples[row] = self._replace(epoch, wanted[row], samples[row], attempts[row], reason)
+
+        stale = list(range(len(samples)))
+        while True:
+            while stale:
+                problems = dict(zip(stale, self._pool.map(read, stale), strict=True))
+                stale = [row for row, problem in problems.items() if problem]
+                for row in stale:
+                    replace(row, problems[row] or "")
+            rows = range(len(samples))
+            try:
+                clips = self._decoder([requests[row] for row in rows])
+                problems = {row: size_problem(clips[row], clip_shape(self.shards, samples[row])) for row in rows}
+                stale = [row for row in rows if problems[row]]
+            except UndecodableError as error:
+                problems, stale = dict(error.reasons), sorted(error.reasons)
+            if not stale:
+                return samples, [draws[row] for row in rows], clips
+            for row in stale:
+                replace(row, f"sample {requests[row].key} cannot be decoded: {problems[row]}")
+
+    def _replace(self, epoch: int, wanted: int, damaged: int, attempt: int, reason: str) -> int:
+        if self.data.on_corrupt == "stop":
+            raise UserError(
+                f"{reason}; prepare the data again, or set data.on_corrupt=replace to train on another sample instead"
+            )
+        if len(self.shards) == 1 or attempt > MAX_REPLACEMENTS:
+            raise UserError(f"{reason}; and {attempt - 1} samples drawn in its place are damaged too; prepare the data again")
+        other = replacement(self.sampler.seed, epoch, wanted, attempt - 1, len(self.shards))
+        self.damaged.append(DamagedSample(damaged, self.shards.keys[damaged], reason, epoch, other))
+        return other
+
+    def _stop_prefetching(self) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._waited_before += self._prefetcher.wait_seconds
+            self._prefetcher = None
+
+    def close(self) -> None:
+        """Stop the background work and its threads."""
+        self._stop_prefetching()
+        self._pool.shutdown()
+
+    def __enter__(self) -> ViewPipeline:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def encoded_request(shards: ShardSet, sample: int, start: int, frames: int) -> DecodeRequest:
+    """The stored bytes of a sample, and which frames of it to decode.
+
+    Raises:
+        CorruptSampleError: naming shard and key.
+    """
+    encoded = shards.read(sample)
+    return DecodeRequest(encoded.key, encoded.video, encoded.audio, start, frames)
+
+
+def size_problem(clip: DecodedClip, stored: ClipShape) -> str | None:
+    """In words, how a decoded clip differs from what the index says; None where it does not."""
+    height, width = clip.frames.shape[1:3]
+    if (height, width) != (stored.height, stored.width):
+        return f"its frames are {height} × {width} pixels, where the index says {stored.height} × {stored.width}"
+    return None
+
+
+@dataclass
+class ClipBatch:
+    """Plain clips of a few samples, for frozen features: global views only."""
+
+    views: Views  # of R clips, without local views
+    samples: NDArray[np.int64]  # [R] sample numbers
+    clips: NDArray[np.int64]  # [R] number of the clip within its sample, from 0
+
+
+def clips(
+    shards: ShardSet,
+    model: ModelOptions,
+    augment: AugmentOptions,
+    mel: MelOptions,
+    data: DataOptions,
+    *,
+    per_sample: int,
+    batch_size: int,
+    random: bool = False,
+    seed: int = 0,
+    samples: Sequence[int] | None = None,
+) -> Iterator[ClipBatch]:
+    """``per_sample`` clips of every sample, centre-cropped and not augmented, in the samples' order, each exactly once.
+
+    Args:
+        shards: the data set.
+        model: sizes of the views.
+        augment: of which the pixel mean and std are used.
+        mel: the log-mel front end.
+        data: what a clip is, threads, prefetching.
+        per_sample: clips per sample.
+        batch_size: clips per batch; the last batch may hold fewer.
+        random: random starts by (seed, sample), rather than evenly spaced ones.
+        seed: of the random starts.
+        samples: sample numbers; None = all.
+
+    Raises:
+        ValueError: sizes that do not fit the model.
+        UserError: shards that do not fit, or a damaged sample (none is replaced here: features must stay in line with labels).
+    """
+    check_against_model(data, mel, model)
+    check_against_shards(data, shards)
+    for name, value in (("per_sample", per_sample), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} = {value} must be 1 or more")
+    source = _PlainClips(shards, view_shape(data, model), augment, mel, data, per_sample, batch_size, random, seed)
+    chosen = range(len(shards)) if samples is None else samples
+    return source.batches(chosen)
+
+
+class _PlainClips:
+    """The work behind `clips`."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        shape: ViewShape,
+        augment: AugmentOptions,
+        mel: MelOptions,
+        data: DataOptions,
+        per_sample: int,
+        batch_size: int,
+        random: bool,
+        seed: int,
+    ) -> None:
+        self.shards, self.shape, self.data = shards, shape, data
+        self.per_sample, self.batch_size, self.random, self.seed = per_sample, batch_size, random, seed
+        self.maker = ViewMaker(shape, replace(augment, short_side_first=True), mel)
+        self.decoder = ClipDecoder(batch_size, data.threads)
+
+    def batches(self, samples: Sequence[int]) -> Iterator[ClipBatch]:
+        with single_threaded_pool(self.data.threads) as pool:
+            prefetcher = Prefetcher(self._make(samples, pool), self.data.prefetch)
+            try:
+                yield from prefetcher
+            finally:
+                prefetcher.close()
+
+    def _make(self, samples: Sequence[int], pool: ThreadPoolExecutor) -> Iterator[ClipBatch]:
+        rows = len(samples) * self.per_sample
+        for first in range(0, rows, self.batch_size):
+            places = range(first, min(first + self.batch_size, rows))
+            yield self._batch([(samples[place // self.per_sample], place % self.per_sample) for place in places], pool)
+
+    def _batch(self, wanted: list[tuple[int, int]], pool: ThreadPoolExecutor) -> ClipBatch:
+        # wanted: (sample, number of the clip); the clips of one sample follow each other
+        frames = self.shape.video.frames
+        starts = {}
+        for sample in dict.fromkeys(sample for sample, _ in wanted):
+            last = last_start(clip_shape(self.shards, sample), self.shape)
+            starts[sample] = evaluation_starts(last, self.per_sample, random=self.random, seed=self.seed, sample=sample)
+        # overlapping clips of a sample are decoded together, as one span of frames
+        spans: list[tuple[int, int, int]] = []  # sample, first frame, end
+        for sample in starts:
+            for start in sorted(starts[sample][number] for owner, number in wanted if owner == sample):
+                if spans and spans[-1][0] == sample and start <= spans[-1][2]:
+                    spans[-1] = (sample, spans[-1][1], start + frames)
+                else:
+                    spans.append((sample, start, start + frames))
+
+        def read(span: tuple[int, int, int]) -> DecodeRequest:
+            sample, start, end = span
+            return encoded_request(self.shards, sample, start, min(end, clip_shape(self.shards, sample).frames) - start)
+
+        try:
+            requests = list(pool.map(read, spans))
+        except CorruptSampleError as error:
+            raise UserError(f"{error}; prepare the data again") from error
+        try:
+            decoded = self.decoder(requests)
+        except UndecodableError as error:
+            place, reason = next(iter(error.reasons.items()))
+            raise UserError(f"sample {requests[place].key} cannot be decoded: {reason}; prepare the data again") from error
+
+        views = self.maker.empty(len(wanted), local_views=False)
+
+        def fill(row: int) -> None:
+            sample, number = wanted[row]
+            start, stored = starts[sample][number], clip_shape(self.shards, sample)
+            place = next(i for i, (owner, first, end) in enumerate(spans) if owner == sample and first <= start < end)
+            if problem := size_problem(decoded[place], stored):
+                raise UserError(f"sample {requests[place].key}: {problem}; prepare the data again")
+            draw = plain_draw(stored, self.shape, start)
+            own = decoded[place].frames[start - spans[place][1] :][:frames]
+            clip = cut_clip(DecodedClip(own, decoded[place].waveform), draw.start_sample, self.shape)
+            self.maker.fill(views, slice(row, row + 1), [clip[0]], [clip[1]], [draw])
+
+        list(pool.map(fill, range(len(wanted))))
+        samples = np.array([sample for sample, _ in wanted], np.int64)
+        views.keys = [self.shards.keys[sample] for sample, _ in wanted]
+        views.labels = torch.from_numpy(self.shards.labels[samples].astype(np.int64))
+        return ClipBatch(views, samples, np.array([number for _, number in wanted], np.int64))
