@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from xkd_fast.config import Config, load_config
-from xkd_fast.data.views import Views
+from xkd_fast.data.pipeline import ClipBatch
 from xkd_fast.engine.checkpoint import Checkpoints
 from xkd_fast.errors import UserError
 from xkd_fast.model.build import build_model
@@ -121,7 +121,7 @@ def extract_features(
     model: XKD,
     role: Role,
     modalities: Sequence[str],
-    batches: Iterable[tuple[NDArray[np.int64], Views]],
+    batches: Iterable[ClipBatch],
     *,
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] = lambda clips: None,
@@ -132,23 +132,19 @@ def extract_features(
         model: on ``device``.
         role: whose encoder.
         modalities: of ``video`` and ``audio``.
-        batches: (sample numbers [B], views of B clips) each; only the global views are used.
+        batches: clips, of which the global views are used.
         device: where the encoder runs.
         progress: called with the number of clips of each batch.
     """
     network = model.teacher if role == "teacher" else model.student
     samples: list[NDArray[np.int64]] = []
     values: Mapping[str, list[NDArray[np.float32]]] = {modality: [] for modality in modalities}
-    for numbers, views in batches:
-        samples.append(np.asarray(numbers, dtype=np.int64))
+    for batch in batches:
+        samples.append(batch.samples)
         for modality, rows in values.items():
-            clips = views.video_global if modality == "video" else views.audio_global
+            clips = batch.views.video_global if modality == "video" else batch.views.audio_global
             rows.append(network(modality).features(clips.to(device)).float().cpu().numpy())
-        progress(len(numbers))
+        progress(len(batch.samples))
     if not samples:
         raise ValueError("no clips to extract features of")
     return ClipFeatures(np.concatenate(samples), {modality: np.concatenate(rows) for modality, rows in values.items()})
-
-
-def clip_batches(config, shards, numbers, *, clips, random, seed, batch):  # placeholder until the pipeline stands
-    raise NotImplementedError

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import time
 import warnings
@@ -30,9 +29,10 @@ from rich.table import Table
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import LinearSVC
 
-from xkd_fast.data.shards import ShardSet
+from xkd_fast.data.pipeline import clips
+from xkd_fast.data.shards import ShardSet, write_aside
 from xkd_fast.errors import UserError
-from xkd_fast.evaluate.features import ClipFeatures, Role, TrainedModel, clip_batches, extract_features, load_model
+from xkd_fast.evaluate.features import ClipFeatures, Role, TrainedModel, extract_features, load_model
 
 Features = Literal["video", "audio", "both"]
 MODALITIES: tuple[Features, ...] = get_args(Features)
@@ -41,6 +41,7 @@ DEFAULT_C: dict[str, tuple[float, ...]] = {
     "audio": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
     "both": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
 }
+DEVICES = ("auto", "cpu", "cuda")
 MAX_ITERATIONS = 5000
 PACKAGES = ("xkd-fast", "torch", "numpy", "scikit-learn", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
@@ -91,6 +92,11 @@ class SvmOptions:
             self.svm_c is None or (len(self.svm_c) > 0 and all(0 < c < float("inf") for c in self.svm_c)),
             f"--svm-c {self.svm_c} must be numbers above 0",
         )
+        _require(self.device in DEVICES, f"--device {self.device} must be one of {', '.join(DEVICES)}")
+        _require(
+            self.device != "cuda" or torch.cuda.is_available(),
+            "--device cuda needs a GPU, and torch sees none here; use auto or cpu",
+        )
         _require(self.seed >= 0, f"--seed {self.seed} must be 0 or more")
         _require(
             self.test_data is None or self.test_data.resolve() != self.data.resolve(),
@@ -128,7 +134,7 @@ class ModalityResult:
 class SvmReport:
     """The result of :func:`evaluate_svm`, as written to ``svm.json``."""
 
-    chance: float  # 1 / number of classes
+    chance: float  # 1 / number of classes taught
     classes: list[str]
     results: dict[str, ModalityResult]  # by modality
     samples: dict[str, int]  # training and test samples
@@ -322,7 +328,7 @@ def evaluate_rows(train: Rows, test: Rows, classes: int, options: SvmOptions, mo
     return ModalityResult(
         c=best.c,
         top1=best.test_top1,
-        top5=top_k(truth, ranked, 5) if classes > 5 else None,
+        top5=top_k(truth, ranked, 5) if ranked.shape[1] > 5 else None,
         best_on_test=max(row.test_top1 for row in sweep),
         sweep=sweep,
         confusion=confusion.tolist(),
@@ -345,6 +351,8 @@ def evaluate_svm(options: SvmOptions, *, console: Console | None = None) -> SvmR
     start = time.perf_counter()
     trained = load_model(options.checkpoint, untrained=options.untrained)
     train, test, classes = train_and_test(options)
+    for samples in (train, test):
+        check_clips(trained, samples.shards)
     with progress_bar(console) as progress:
         train_features = features_of(trained, train, options, progress, "training clips", random=True)
         test_features = features_of(trained, test, options, progress, "test clips", random=False)
@@ -355,7 +363,7 @@ def evaluate_svm(options: SvmOptions, *, console: Console | None = None) -> SvmR
             progress.advance(task)
     config = trained.config
     report = SvmReport(
-        chance=1 / len(classes),
+        chance=1 / len(np.unique(train.labels)),
         classes=classes,
         results=results,
         samples={"train": len(train.numbers), "test": len(test.numbers)},
@@ -370,21 +378,48 @@ def evaluate_svm(options: SvmOptions, *, console: Console | None = None) -> SvmR
     return report
 
 
+def check_clips(trained: TrainedModel, shards: ShardSet) -> None:
+    """Refuse shards of another frame rate or sample rate than the model was trained on.
+
+    Raises:
+        UserError: naming both, and what to do.
+    """
+    data = trained.config.data
+    for name, unit, stored, expected in (
+        ("fps", "frames/s", shards.fps, data.fps),
+        ("sample-rate", "audio samples/s", shards.sample_rate, data.sample_rate),
+    ):
+        _require(
+            stored == expected,
+            f"the shards hold {stored:g} {unit}, but {trained.file} was trained on {expected:g}; "
+            f"prepare them again with --{name} {expected:g}",
+        )
+
+
 def features_of(
     trained: TrainedModel, samples: Samples, options: SvmOptions, progress: Progress, title: str, *, random: bool
 ) -> ClipFeatures:
     """Features of ``train_clips`` random clips or ``test_clips`` uniform clips of every sample."""
-    clips = options.train_clips if random else options.test_clips
+    per_sample = options.train_clips if random else options.test_clips
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    task = progress.add_task(title, total=clips * len(samples.numbers))
-    batches = clip_batches(
-        trained.config, samples.shards, samples.numbers, clips=clips, random=random, seed=options.seed, batch=options.batch
+    task = progress.add_task(title, total=per_sample * len(samples.numbers))
+    config = trained.config
+    batches = clips(
+        samples.shards,
+        config.model,
+        config.augment,
+        config.mel,
+        config.data,
+        per_sample=per_sample,
+        batch_size=options.batch,
+        random=random,
+        seed=options.seed,
+        samples=samples.numbers.tolist(),
     )
-    modalities = [name for name in ("video", "audio") if name in options.modalities or "both" in options.modalities]
     return extract_features(
         trained.model.to(device),
         options.network,
-        modalities,
+        [name for name in ("video", "audio") if name in options.modalities or "both" in options.modalities],
         batches,
         device=device,
         progress=lambda count: progress.advance(task, count),
@@ -423,16 +458,7 @@ def installed_versions() -> dict[str, str]:
 def write_report(report: SvmReport, path: Path) -> None:
     """Write the report as JSON, replacing ``path`` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(asdict(report) | {"top1": report.top1}, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    write_aside(path, json.dumps(asdict(report) | {"top1": report.top1}, indent=2).encode())
 
 
 # ------------------------------------------------------------------------------------------------------------ command line
@@ -474,7 +500,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=default.seed, metavar="N", help="of splits and random clips (default: 0)")
     add("--untrained", action="store_true", help="evaluate the same model at initialisation, the baseline")
     add("--batch", type=int, default=default.batch, metavar="N", help="clips encoded at a time (default: 16)")
-    add("--device", default=default.device, help="auto, cpu or cuda (default: auto)")
+    add("--device", choices=DEVICES, default=default.device, help="auto, cpu or cuda (default: auto)")
     add("--output", type=Path, metavar="DIR", help="write svm.json there")
 
 
