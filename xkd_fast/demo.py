@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from xkd_fast.evaluate.svm import SvmReport
 
 MODALITIES = ("video", "audio", "both")
-SHOWN_CLIPS = 3
+SHOWN_CLIPS = 8
+TRAIN_CLIPS = 2  # random clips per training sample
+SVM_C = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +93,8 @@ def evaluate(config: Config, console: Console) -> dict[str, SvmReport]:
             data=shards / "train",
             test_data=shards / "test",
             untrained=untrained,
-            train_clips=2,
+            train_clips=TRAIN_CLIPS,
+            svm_c=SVM_C,
             output=Path(config.output) / "svm" / name,
         )
         reports[name] = evaluate_svm(options, console=console)
@@ -124,5 +127,26 @@ def write_demo_report(page: Path, config: Config, reports: dict[str, SvmReport])
     results = Section(
         "Top-1 accuracy, %", text, table(("features", "pretrained", "untrained", "chance"), results_rows(reports))
     )
-    sections = [results, summary_section(config, rows), curve_section(config, rows), *picture_sections(config)]
+    sections = [results, summary_section(config, rows), curve_section(config, rows), pictures(config)]
     write_report(page, "xkd_fast demo", sections)
+
+
+def pictures(config: Config) -> Section:
+    """Some unseen clips of different classes, masked and restored by the pretrained model."""
+    import torch
+
+    from xkd_fast.analysis.report import reconstruction_section
+    from xkd_fast.data.pipeline import clips
+    from xkd_fast.data.shards import ShardSet
+    from xkd_fast.engine.checkpoint import Checkpoints
+    from xkd_fast.evaluate.features import load_model
+
+    assert config.data.demo is not None
+    shards = ShardSet.open(Path(config.data.demo.shards) / "test")
+    first_of_class = [int((shards.labels == label).argmax()) for label in range(len(shards.classes))][:SHOWN_CLIPS]
+    options = (shards, config.model, config.augment, config.mel, config.data)
+    batch = next(clips(*options, per_sample=1, batch_size=len(first_of_class), samples=first_of_class))
+    model = load_model(Checkpoints.from_config(config).found()[-1]).model.eval()
+    torch.manual_seed(0)
+    titles = [shards.classes[shards.labels[sample]] for sample in batch.samples]
+    return reconstruction_section(config, model, batch.views, model.draw_masks(batch.views), titles)

@@ -89,7 +89,6 @@ def run(config: Config, deepspeed: Any) -> None:
     """One run inside a process group: data, model, loop."""
     import torch.distributed as dist
 
-    from xkd_fast.data.demo import ensure_demo_data
     from xkd_fast.data.pipeline import ViewPipeline
     from xkd_fast.data.shards import ShardSet
     from xkd_fast.engine.checkpoint import Checkpoints, TrainState
@@ -101,8 +100,7 @@ def run(config: Config, deepspeed: Any) -> None:
 
     world_size = dist.get_world_size()
     set_threads(config.train.threads)
-    first_rank_first(lambda: ensure_demo_data(config.data.demo))
-    first_rank_first(lambda: write_config(config))
+    first_rank_first(lambda: make_ready(config))
 
     pipeline = ViewPipeline.from_config(config, ShardSet.open(training_shards(config)), dist.get_rank(), world_size)
     schedule = Schedule(config, pipeline.sampler.steps_per_epoch)
@@ -157,8 +155,13 @@ def training_shards(config: Config) -> list[Path]:
     return [Path(config.data.demo.shards) / "train"]
 
 
-def write_config(config: Config) -> None:
-    """Leave the resolved configuration in the run's folder."""
+def make_ready(config: Config) -> None:
+    """The first rank's part before all others start: rendered data where it is missing, and the resolved configuration."""
+    from rich.console import Console
+
+    from xkd_fast.data.rendered import ensure_rendered
+
+    ensure_rendered(config, Console(), workers=os.cpu_count() or 1)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     aside = output / "config.yaml.partial"

@@ -168,7 +168,7 @@ def embed(figure: Figure) -> str:
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def reconstruction_sections(config: Config, model: XKD, views: Views, masks: MaskNoise, titles: Sequence[str]) -> list[Section]:
+def reconstruction_section(config: Config, model: XKD, views: Views, masks: MaskNoise, titles: Sequence[str]) -> Section:
     """Masked input and reconstruction of every clip in ``views``."""
     pictures = []
     video = (views.video_global, *reconstruct(model, "video", views.video_global, masks.video))
@@ -176,11 +176,9 @@ def reconstruction_sections(config: Config, model: XKD, views: Views, masks: Mas
     for index, title in enumerate(titles):
         pictures.append(embed(video_pictures(config, *(part[index] for part in video), title=title)))
         pictures.append(embed(audio_pictures(config, *(part[index] for part in audio), title=title)))
-    hidden = (
-        f"{config.model.video.mask_ratio:.0%} of the video tokens and {config.model.audio.mask_ratio:.0%} of the audio tokens"
-    )
-    text = f"Clips the model has not seen in training. {hidden} are hidden from the encoder (grey)."
-    return [Section("What the model sees and what it restores", text, "\n".join(pictures))]
+    shares = f"{config.model.video.mask_ratio:.0%} of the video and {config.model.audio.mask_ratio:.0%} of the audio tokens"
+    text = f"Clips the model has not seen in training. {shares} are hidden from the encoder (grey)."
+    return Section("What the model sees and what it restores", text, "\n".join(pictures))
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
