@@ -18,9 +18,11 @@ from xkd_fast.errors import UserError
 
 EXAMPLES = """\
 a first run, from nothing to a trained model:
+  xkd-fast demo                                                 all of the following, and a report
   xkd-fast render runs/videos --clips-per-class 50              render labelled videos to play with
-  xkd-fast prepare runs/videos runs/shards --fps 4              turn a folder of videos into shards
+  xkd-fast prepare runs/videos runs/shards --short-side 32      turn a folder of videos into shards
   xkd-fast train 'data.train=[runs/shards]' output=runs/first   pretrain the demo's model on them
+  xkd-fast evaluate svm --checkpoint runs/first --data runs/shards --train-clips 2
 
 more:
   xkd-fast train --config xkd_base_k400 --print-config          every option of a recipe, explained
@@ -257,10 +259,42 @@ def doctor(arguments: list[str]) -> int:
     return 0
 
 
+def evaluate(arguments: list[str]) -> int:
+    """Measure what a checkpoint has learnt."""
+    parser = _command_parser(
+        "evaluate",
+        "Measure what a checkpoint has learnt. `svm`: linear SVMs on its frozen features of video, audio and both.",
+        "  xkd-fast evaluate svm --checkpoint runs/k400 --data /data/ucf101/train1 --test-data /data/ucf101/test1\n"
+        "  xkd-fast evaluate svm --checkpoint runs/demo --data runs/demo/shards/train --train-clips 2 --untrained",
+    )
+    protocols = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL")
+    svm = protocols.add_parser("svm", help="linear SVMs on frozen features", description="Linear SVMs on frozen features.")
+    from xkd_fast.evaluate.svm import add_arguments, run
+
+    add_arguments(svm)
+    return run(parser.parse_args(arguments))
+
+
+def demo(arguments: list[str]) -> int:
+    """Render videos, prepare shards, pretrain, evaluate and report."""
+    from xkd_fast.demo import add_arguments, run
+
+    parser = _command_parser(
+        "demo",
+        "Render videos with sound, prepare shards, pretrain with DeepSpeed, evaluate frozen features against the same model "
+        "untrained, and write report.html. Called again, it goes on where it stopped.",
+        "  xkd-fast demo\n  xkd-fast demo --processes 4 output=runs/longer train.epochs=60",
+    )
+    add_arguments(parser)
+    return run(parser.parse_intermixed_args(arguments))
+
+
 COMMANDS = {
     "render": Command("render labelled videos to play with", render),
     "prepare": Command("turn a folder of videos into shards", prepare),
     "train": Command("pretrain a model", train),
+    "evaluate": Command("measure what a checkpoint has learnt", evaluate),
+    "demo": Command("all of it on a small rendered data set, with a report", demo),
     "doctor": Command("tell what this machine has, and what follows from what it lacks", doctor),
 }
 

@@ -78,7 +78,7 @@ def train(config: Config) -> None:
 
     from xkd_fast.engine.launch import start_deepspeed
 
-    deepspeed = start_deepspeed()
+    deepspeed = start_deepspeed(config.train.device)
     try:
         run(config, deepspeed)
     finally:

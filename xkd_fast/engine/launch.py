@@ -14,16 +14,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from xkd_fast.errors import UserError
+
 TIMEOUT = timedelta(hours=2)  # of collectives: the first rank may render and prepare data while the others wait
 
 
-def start_deepspeed() -> Any:
-    """Import DeepSpeed for the device at hand and start the process group; returns the ``deepspeed`` module.
+def start_deepspeed(device: str = "auto") -> Any:
+    """Import DeepSpeed for ``device`` (auto, cpu, cuda) and start the process group; returns the ``deepspeed`` module.
 
-    Ranks come from the environment (``deepspeed``, ``torchrun``, Slurm); without one, a single process trains alone.
+    Ranks come from the environment (``deepspeed``, ``torchrun``); without one, a single process trains alone.
+
+    Raises:
+        UserError: ``cuda`` is asked for and there is none.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device = cuda, but torch sees no GPU here; set train.device=cpu or auto")
+    if device == "cpu" or not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
