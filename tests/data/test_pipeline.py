@@ -445,7 +445,7 @@ def float_wav(sound: NDArray[np.float32]) -> bytes:
     return struct.pack("<4sI4s", b"RIFF", 36 + len(data), b"WAVE") + form + struct.pack("<4sI", b"data", len(data)) + data
 
 
-@pytest.mark.parametrize(("stored", "worst", "mean"), [("wav", 1e-5, 1e-6), ("flac", 2e-3, 5e-5)])
+@pytest.mark.parametrize(("stored", "worst", "mean"), [("wav", 1e-5, 1e-6), ("flac", 2e-3, 1e-4)])
 def test_log_mel_through_dali(stored: str, worst: float, mean: float) -> None:
     # sound that loses its level, its rate or its alignment in the decoder. FLAC holds 16 bits, as shards do: the rounding
     # alone moves the quietest band by 1.0e-3
@@ -476,20 +476,24 @@ if sys.argv[2] == "raise":
 """
 
 
-@pytest.mark.parametrize(("how", "code"), [("end", 0), ("raise", 1)])
-def test_the_interpreter_exits_while_the_thread_works(shards: ShardSet, how: str, code: int) -> None:
-    # a hang at exit, or a crash of DALI's threads while the interpreter is taken down
+def test_the_interpreter_exits_while_the_thread_works(shards: ShardSet) -> None:
+    # a hang at exit, or a crash of DALI's threads while the interpreter is taken down, with an error under way or without
     root = Path(__file__).parent.parent.parent
     path = str(Path(shards.record(0).shard).parent)
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, path, how], cwd=root, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert result.stdout == "ready\n"
-    assert result.returncode == code
-    if how == "end":
-        assert result.stderr == ""
-    else:
-        assert result.stderr.strip().endswith("stop here")
+    pipe = subprocess.PIPE
+    started = {
+        how: subprocess.Popen([sys.executable, "-c", SCRIPT, path, how], cwd=root, stdout=pipe, stderr=pipe, text=True)
+        for how in ("end", "raise")
+    }
+    try:
+        ended = {how: (process.communicate(timeout=60), process.returncode) for how, process in started.items()}
+    finally:
+        for process in started.values():
+            process.kill()
+    assert ended["end"] == (("ready\n", ""), 0)
+    (output, errors), code = ended["raise"]
+    assert (output, code) == ("ready\n", 1)
+    assert errors.strip().endswith("stop here")
 
 
 def test_nothing_is_left_open(shards: ShardSet) -> None:
