@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
+from av.stream import Disposition
+from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 Reason = Literal["unreadable", "no_video", "no_audio", "silent_audio", "too_short", "truncated", "timed_out", "crashed"]
+
+# Without the two flags swscale darkens a flat 255 to 253, and once more on the way to JPEG.
+SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+TIME_STAMP_ERROR = 1.1e-3  # seconds; Matroska and WebM round time stamps to a millisecond
+AUDIO_GAP = 0.1  # seconds; a longer jump of the sound's time stamps is a pause, a shorter one is jitter
+MAX_ASPECT = 16  # long side : short side
 
 
 @dataclass(frozen=True)
@@ -67,33 +75,49 @@ def convert(task: ConvertTask) -> Converted | Skipped:
         return _convert(task)
     except _Skip as skip:
         return skip.skipped
-    except (av.error.FFmpegError, OSError, ValueError, EOFError) as error:
+    except (av.error.FFmpegError, OSError) as error:  # without the path, so that the words do not depend on it
+        return Skipped("unreadable", f"{type(error).__name__}: {error.strerror}")
+    except (ValueError, EOFError) as error:
         return Skipped("unreadable", f"{type(error).__name__}: {error}")
 
 
 def _convert(task: ConvertTask) -> Converted:
-    with av.open(task.path, metadata_errors="replace") as container:
-        if not container.streams.video:
+    if not os.path.isfile(task.path):
+        raise _Skip("unreadable", "no regular file, or a link that leads nowhere")
+    with _open(task) as container:
+        if not _pictures_of(container):
             raise _Skip("no_video")
         if not container.streams.audio:
             raise _Skip("no_audio")
         promised = container.duration / av.time_base if container.duration else 0.0
-    pictures, start, seconds = _read_frames(task)
+    pictures, start, seconds = _read_frames(task, promised)
     if seconds < task.min_seconds:
         raise _Skip("too_short", f"{seconds:.2f} s of picture, at least {task.min_seconds:g} s are asked for")
-    waveform, audio_start = _read_audio(task)
-    if waveform.size == 0:
+    pieces = _read_audio(task)
+    if not pieces:
         raise _Skip("no_audio", "the audio stream holds no sound")
-    read = max(seconds + start, waveform.size / task.sample_rate + audio_start) - min(start, audio_start)
+    audio_start = pieces[0][0]
+    audio_end = pieces[-1][0] + pieces[-1][1].size / task.sample_rate
+    read = max(seconds + start, audio_end) - min(start, audio_start)
     if read < 0.9 * promised - 0.5:
         raise _Skip("truncated", f"{read:.2f} s could be read of the {promised:.2f} s that the file promises")
     samples = round(len(pictures) / task.fps * task.sample_rate)
-    waveform = place_sound(waveform, round((audio_start - start) * task.sample_rate), samples)
+    waveform = place_sound([(round((time - start) * task.sample_rate), sound) for time, sound in pieces], samples)
     if not waveform.any():
         raise _Skip("silent_audio", "every sample under the picture is zero")
     height, width, _ = pictures[0].shape
     video, audio = encode_video(pictures, task.codec, task.fps, task.quality), encode_flac(waveform, task.sample_rate)
     return Converted(video, audio, len(pictures), samples, height, width, round(audio_start - start, 6))
+
+
+def _open(task: ConvertTask) -> Any:
+    # an absolute path: FFmpeg would take "http:x.mp4" for an address
+    return av.open(os.path.abspath(task.path), metadata_errors="replace")
+
+
+def _pictures_of(container: Any) -> list[Any]:
+    """The video streams but for cover pictures."""
+    return [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
 
 
 def target_size(width: int, height: int, short_side: int) -> tuple[int, int]:
@@ -102,23 +126,23 @@ def target_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
 
 
-def _read_frames(task: ConvertTask) -> tuple[list[NDArray[np.uint8]], float, float]:
+def _read_frames(task: ConvertTask, promised: float) -> tuple[list[NDArray[np.uint8]], float, float]:
     """Frames [H, W, 3] uint8 at the constant rate; when the first is shown, and how long all are, seconds."""
     pictures: list[NDArray[np.uint8]] = []
     shown = 0
     start = end = 0.0
     held: Any = None
     step = 0.0
-    with av.open(task.path, metadata_errors="replace") as container:
-        stream = container.streams.video[0]
+    with _open(task) as container:
+        stream = _pictures_of(container)[0]
+        stream.codec_context.thread_count = 1  # the workers are the parallelism
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        anamorphic = stream.sample_aspect_ratio or Fraction(1)
+        scaler = _Scaler(stream.sample_aspect_ratio or Fraction(1), task.short_side)
 
         def show(until: int) -> None:
             nonlocal shown
             if until > shown:
-                picture = _small_picture(held, anamorphic, task.short_side)
-                pictures.extend([picture] * (until - shown))
+                pictures.extend([scaler(held)] * (until - shown))
                 shown = until
 
         for frame in container.decode(stream):
@@ -128,8 +152,10 @@ def _read_frames(task: ConvertTask) -> tuple[list[NDArray[np.uint8]], float, flo
             else:
                 if time <= end - step:  # a time stamp that goes back in time carries no information
                     continue
-                # rounding of time stamps must not move a frame by a whole interval, hence the slack
-                show(math.ceil((time - start - 1e-4) * task.fps))
+                if promised and time - start > 2 * promised + 10:
+                    raise _Skip("unreadable", f"a frame at {time - start:.0f} s in a file of {promised:.2f} s")
+                # rounding of time stamps must not move a frame by a whole interval
+                show(math.ceil((time - start - TIME_STAMP_ERROR) * task.fps))
             step = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else float(1 / rate)
             held, end = frame, time + step
         if held is None:
@@ -138,36 +164,75 @@ def _read_frames(task: ConvertTask) -> tuple[list[NDArray[np.uint8]], float, flo
     return pictures, start, end - start
 
 
-def _small_picture(frame: Any, anamorphic: Fraction, short_side: int) -> NDArray[np.uint8]:
-    """A decoded frame as RGB [H, W, 3], upright, with square pixels, its short side ``short_side``."""
-    width, height = target_size(round(frame.width * anamorphic), frame.height, short_side)
-    small = frame.reformat(width=width, height=height, format="rgb24", interpolation=Interpolation.AREA)
-    picture = small.to_ndarray()
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+class _Scaler:
+    """Decoded frames as RGB [H, W, 3] uint8, upright, with square pixels, all of the size that the first one asks for."""
+
+    def __init__(self, anamorphic: Fraction, short_side: int) -> None:
+        self._anamorphic, self._short_side = anamorphic, short_side
+        self._size: tuple[int, int] | None = None
+        self._turns = 0
+        self._reformatter = VideoReformatter()  # one for all frames: frame.reformat() makes a new one each time, 4.5 ms for 0.9
+
+    def __call__(self, frame: Any) -> NDArray[np.uint8]:
+        if self._size is None:
+            width = max(1, round(frame.width * self._anamorphic))
+            if max(width, frame.height) > MAX_ASPECT * min(width, frame.height):
+                raise _Skip("unreadable", f"a picture of {width} × {frame.height}; the sides may differ {MAX_ASPECT}-fold")
+            self._size = target_size(width, frame.height, self._short_side)
+            self._turns = round(getattr(frame, "rotation", 0) / 90) % 4
+        width, height = self._size
+        small = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=SCALING, threads=1)
+        picture: NDArray[Any] = small.to_ndarray()
+        return np.ascontiguousarray(np.rot90(picture, self._turns)) if self._turns else picture
 
 
-def _read_audio(task: ConvertTask) -> tuple[NDArray[np.int16], float]:
-    """The sound, mono [samples] int16, and when it begins, seconds."""
+def _read_audio(task: ConvertTask) -> list[tuple[float, NDArray[np.int16]]]:
+    """The sound in pieces without pauses: when each begins, seconds, and its mono samples, int16."""
+    pieces: list[tuple[float, NDArray[np.int16]]] = []
     blocks: list[NDArray[Any]] = []
-    start: float | None = None
-    with av.open(task.path, metadata_errors="replace") as container:
+    resampler: Any = None
+    form: Any = None
+    begun = heard = 0.0
+
+    def drain() -> None:
+        if resampler is not None:
+            blocks.extend(block.to_ndarray().reshape(-1) for block in resampler.resample(None))
+
+    def end_piece() -> None:
+        nonlocal blocks
+        drain()
+        sound = np.concatenate(blocks).astype(np.int16, copy=False) if blocks else np.empty(0, np.int16)
+        if sound.size:
+            pieces.append((begun, sound))
+        blocks = []
+
+    with _open(task) as container:
         stream = container.streams.audio[0]
-        resampler = av.AudioResampler(format="s16", layout="mono", rate=task.sample_rate)
+        stream.codec_context.thread_count = 1
         for frame in container.decode(stream):
-            if start is None:
-                start = float(frame.time) if frame.time is not None else 0.0
+            time = float(frame.time) if frame.time is not None else heard
+            if form is None or time > heard + AUDIO_GAP:
+                end_piece()
+                begun = heard = time
+                form = None
+            if form != (frame.format.name, frame.layout.name, frame.sample_rate):  # it may change in mid-stream
+                if form is not None:
+                    drain()
+                form = (frame.format.name, frame.layout.name, frame.sample_rate)
+                resampler = av.AudioResampler(format="s16", layout="mono", rate=task.sample_rate)
+            heard += frame.samples / frame.sample_rate
             blocks += [block.to_ndarray().reshape(-1) for block in resampler.resample(frame)]
-        blocks += [block.to_ndarray().reshape(-1) for block in resampler.resample(None)]
-    return (np.concatenate(blocks).astype(np.int16, copy=False) if blocks else np.empty(0, np.int16)), start or 0.0
+        end_piece()
+    return pieces
 
 
-def place_sound(waveform: NDArray[np.int16], offset: int, samples: int) -> NDArray[np.int16]:
-    """Sound that begins ``offset`` samples after the picture (before it, if negative), cut and padded to ``samples``."""
+def place_sound(pieces: list[tuple[int, NDArray[np.int16]]], samples: int) -> NDArray[np.int16]:
+    """Sounds that begin so many samples after the picture (before it, if negative) on a silent track of ``samples``."""
     placed = np.zeros(samples, np.int16)
-    first, source = max(offset, 0), max(-offset, 0)
-    count = max(0, min(samples - first, waveform.size - source))
-    placed[first : first + count] = waveform[source : source + count]
+    for offset, sound in pieces:
+        first, source = max(offset, 0), max(-offset, 0)
+        count = max(0, min(samples - first, sound.size - source))
+        placed[first : first + count] = sound[source : source + count]
     return placed
 
 
@@ -176,6 +241,7 @@ def encode_video(pictures: list[NDArray[np.uint8]], codec: str, fps: float, qual
     height, width, _ = pictures[0].shape
     buffer = io.BytesIO()
     rate = Fraction(fps).limit_denominator(1000)
+    reformatter = VideoReformatter()
     with av.open(buffer, "w", format="avi" if codec == "mjpeg" else "mp4") as container:
         stream: Any
         if codec == "mjpeg":
@@ -183,13 +249,17 @@ def encode_video(pictures: list[NDArray[np.uint8]], codec: str, fps: float, qual
             stream.pix_fmt = "yuvj420p"
             stream.codec_context.qmin = stream.codec_context.qmax = quality
         else:
-            options = {"preset": "medium", "crf": str(quality), "threads": "1"}
-            stream = container.add_stream("libx264", rate=rate, options=options)
+            stream = container.add_stream("libx264", rate=rate, options={"preset": "medium", "crf": str(quality)})
             stream.pix_fmt = "yuv420p"
             stream.codec_context.gop_size = max(1, round(fps))
         stream.width, stream.height = width, height
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        # With more threads the JPEGs get restart markers and are a tenth larger, so the bytes would depend on the machine.
+        stream.codec_context.thread_count = 1
+        for number, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = reformatter.reformat(frame, format=stream.pix_fmt, interpolation=SCALING, threads=1)
+            frame.pts, frame.time_base = number, 1 / rate
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return buffer.getvalue()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import importlib
+import itertools
 import math
 import os
 import pickle
@@ -34,7 +35,11 @@ PAUSE = object()  # yielded by an iterable of tasks: nothing more until another 
 
 _END = object()
 _LENGTH = struct.Struct("<Q")
+_READY = b"r"
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+# Without the working directory, which may hold an `av` or a `numpy` of its own.
+_SERVE = "import sys; '' in sys.path and sys.path.remove(''); from xkd_fast.data.workers import serve; serve()"
+_STARTING = 120.0  # seconds that a new process has for its imports, on top of its first task's time
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class _Worker:
         self.function, self.seconds = function, seconds
         self.task: int | None = None
         self.deadline = math.inf
+        self.starting = True  # until the process is ready for tasks
         self.received = bytearray()
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         environment = dict(os.environ)
@@ -67,7 +73,7 @@ class _Worker:
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             environment[variable] = "1"  # the processes are the parallelism
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from xkd_fast.data.workers import serve; serve()", function, repr(seconds)],
+            [sys.executable, "-c", _SERVE, function, repr(seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -82,7 +88,7 @@ class _Worker:
 
     def give(self, index: int, task: Any) -> None:
         self.task = index
-        self.deadline = time.monotonic() + self.seconds
+        self.deadline = time.monotonic() + self.seconds + (_STARTING if self.starting else 0.0)
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed when its output ends
             _send(self.process.stdin, task)
@@ -93,7 +99,12 @@ class _Worker:
         data = os.read(self.output, 1 << 20)
         if not data:
             return self._crashed()
-        self.received += data
+        if self.starting:
+            self.starting, data = False, data[len(_READY) :]
+            self.deadline = time.monotonic() + self.seconds
+        if data:
+            self.received += data
+            self.deadline = math.inf  # done in time; the rest of the answer only has to be fetched
         if len(self.received) < _LENGTH.size:
             return None
         (size,) = _LENGTH.unpack_from(self.received)
@@ -113,10 +124,12 @@ class _Worker:
         return Outcome(self.task, failure="crashed", detail=f"the worker process ended with {cause}{self._last_words()}")
 
     def _last_words(self) -> str:
+        """Where it happened: the last line of a traceback, or the place that faulthandler names."""
         self.errors.seek(0, os.SEEK_END)
-        self.errors.seek(max(0, self.errors.tell() - 2000))
+        self.errors.seek(max(0, self.errors.tell() - 4000))
         lines = self.errors.read().decode("utf-8", "replace").strip().splitlines()
-        return f": {lines[-1]}" if lines else ""
+        places = [line for before, line in itertools.pairwise(lines) if "(most recent call first)" in before]
+        return f": {(places or lines)[-1].strip()}" if lines else ""
 
     def end(self) -> None:
         """Kill and clear up."""
@@ -138,7 +151,7 @@ def run_tasks(function: str, tasks: Iterable[Any], *, workers: int, seconds: flo
         function: ``"module:name"`` of a function of one argument; task and result must be picklable.
         tasks: the arguments.
         workers: number of processes.
-        seconds: time limit of one task; its worker is killed and replaced.
+        seconds: time limit of one task, without the start of its process; then its worker is killed and replaced.
 
     Yields:
         Outcome: one per task, in order of completion.
@@ -175,8 +188,11 @@ def run_tasks(function: str, tasks: Iterable[Any], *, workers: int, seconds: flo
                 if not busy:
                     return
                 wait = min(worker.deadline for worker in busy) - time.monotonic()
-                for key, _ in selector.select(max(0.0, wait)):
-                    worker = key.data
+                ready = selector.select(max(0.0, wait))
+                # Settled before outcomes are handed out, because the time that the caller takes for them is not the workers'.
+                talking, now = [key.data for key, _ in ready], time.monotonic()
+                overdue = [worker for worker in busy if now > worker.deadline and worker not in talking]
+                for worker in talking:
                     outcome = worker.receive()
                     if outcome is None:
                         continue
@@ -187,7 +203,7 @@ def run_tasks(function: str, tasks: Iterable[Any], *, workers: int, seconds: flo
                     else:
                         retire(worker)
                     yield outcome
-                for worker in [w for w in busy if time.monotonic() > w.deadline]:
+                for worker in overdue:
                     assert worker.task is not None
                     late = Outcome(worker.task, failure="timed_out", detail=f"not done after {seconds:g} s")
                     retire(worker)
@@ -218,6 +234,8 @@ def serve() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     function = _resolve(function_name)
     tasks = sys.stdin.buffer
+    results.write(_READY)
+    results.flush()
     while header := tasks.read(_LENGTH.size):
         task = pickle.loads(tasks.read(_LENGTH.unpack(header)[0]))
         # The default action of the alarm ends the process even inside C code that never returns.
