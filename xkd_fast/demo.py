@@ -65,6 +65,8 @@ def pretrain(config: str, overrides: list[str], processes: int) -> None:
     Raises:
         UserError: if training fails; its own message stands above.
     """
+    import torch
+
     from xkd_fast.engine.launch import free_port
 
     launcher = Path(sys.executable).with_name("deepspeed")
@@ -72,6 +74,8 @@ def pretrain(config: str, overrides: list[str], processes: int) -> None:
     command = [str(launcher), "--log_level", "error", "--num_accelerators", str(processes), "--master_port", str(free_port())]
     command += [str(script), "--config", config, "--resume", "auto", *overrides]
     environment = dict(os.environ, PATH=f"{launcher.parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         raise UserError(f"training ended with exit code {code}; its message stands above. The command was: {' '.join(command)}")

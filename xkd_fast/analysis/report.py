@@ -194,10 +194,8 @@ def summary_section(config: Config, rows: list[dict[str, float]]) -> Section:
     facts: list[tuple[str, Any]] = [
         ("variant", f"{model.variant}, {model.implementation} implementation"),
         ("encoder", f"{model.encoder.depth} blocks × {model.encoder.width}, {model.encoder.heads} heads"),
-        (
-            "views",
-            f"video {model.video.frames}×{model.video.size}×{model.video.size}, log-mel {model.audio.mel_bins}×{model.audio.frames}",
-        ),
+        ("video view", f"{model.video.frames} frames of {model.video.size}×{model.video.size} pixels"),
+        ("audio view", f"log-mel, {model.audio.mel_bins} bins × {model.audio.frames} frames"),
         ("optimiser steps", f"{last['step']:.0f} of {config.train.global_batch} clips"),
         ("speed", f"{np.median([row['clips_per_second'] for row in rows]):.1f} clips/s (median)"),
         ("waiting for data", f"{np.median([row['data_wait_share'] for row in rows]):.1%} of the time (median)"),
@@ -214,7 +212,8 @@ def curve_section(config: Config, rows: list[dict[str, float]]) -> Section:
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1160px; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem } img { max-width: 100% }
-table { border-collapse: collapse; margin: .6rem 0 } td, th { padding: .25rem .9rem; border-bottom: 1px solid #ddd; text-align: left }
+table { border-collapse: collapse; margin: .6rem 0 }
+td, th { padding: .25rem .9rem; border-bottom: 1px solid #ddd; text-align: left }
 """
 
 

@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,7 @@ def _ricochet(scene: _Scene) -> _Event:
     motion = _Motion(paths[0], paths[1], np.full(len(t), scene.size))
     left, right, top, bottom = wall - 0.02, scene.aspect - wall + 0.02, wall - 0.02, 1.02 - wall
     corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
-    walls_drawn: list[_Line | _Circle] = [_Line(*a, *b) for a, b in zip(corners, corners[1:], strict=False)]
+    walls_drawn: list[_Line | _Circle] = [_Line(*a, *b) for a, b in pairwise(corners)]
     return _Event([motion], _impacts(scene, instants, _click(scene)), instants, walls_drawn)
 
 
@@ -483,7 +484,7 @@ def _draw(frames: np.ndarray, motion: _Motion, shape: str, colour: np.ndarray, t
 
 def _draw_apparatus(frames: np.ndarray, parts: list[_Line | _Circle], colour: np.ndarray, thickness: float) -> None:
     """Paint bars and tracks onto frames [T, H, W, 3] float32 (0–255), in place; ``thickness`` in frame heights."""
-    count, h, w, _ = frames.shape
+    _, h, w, _ = frames.shape
     y, x = np.mgrid[0:h, 0:w].astype(np.float32)
     paint = colour.astype(np.float32) * 255
     for part in parts:
@@ -520,11 +521,15 @@ def _render_frames(scene: _Scene, event: _Event) -> np.ndarray:
     background = _background(rng, options)
     count, h, w = len(scene.frame_times), options.height, options.width
     frames = np.empty((count, h, w, 3), np.float32)
-    frames[:] = background * 255
+    thickness, fixture_colour = rng.uniform(0.025, 0.045), _contrasting_colour(rng, background)
+    moving = [part for part in event.apparatus if isinstance(part, _Line) and isinstance(part.x1, np.ndarray)]
+    still = [part for part in event.apparatus if not any(part is other for other in moving)]
+    scenery = background.astype(np.float32)[None] * 255
+    _draw_apparatus(scenery, still, fixture_colour, thickness)
+    frames[:] = scenery
     if rng.uniform() < options.distractors:
         _draw(frames, _distractor(scene), str(rng.choice(SHAPES)), rng.uniform(0, 1, 3), rng.uniform(0, 2 * np.pi))
-    if event.apparatus:
-        _draw_apparatus(frames, event.apparatus, _contrasting_colour(rng, background), rng.uniform(0.025, 0.045))
+    _draw_apparatus(frames, moving, fixture_colour, thickness)
     for motion in event.objects:
         colour = _contrasting_colour(rng, background)
         _draw(frames, motion, str(rng.choice(SHAPES)), colour, rng.uniform(0, 2 * np.pi))

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
@@ -36,9 +37,10 @@ def start_deepspeed(device: str = "auto") -> Any:
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of DeepSpeed's own calls
     import deepspeed
 
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.setLevel(logging.ERROR)
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)
     return deepspeed

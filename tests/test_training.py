@@ -1,0 +1,137 @@
+"""The main job on real shards with two DeepSpeed processes: it trains, survives SIGKILL, and goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.distributed import REPOSITORY
+from xkd_fast.engine.launch import free_port
+
+STEPS = 18
+SMALL = [
+    "data.demo.render.clips_per_class=6",
+    "data.demo.test_clips_per_class=1",
+    "model.encoder={width: 24, depth: 1, heads: 2}",
+    "model.decoder={width: 16, depth: 1, heads: 2}",
+    "model.head={hidden: 16, bottleneck: 8, prototypes: 32}",
+    "train.epochs=3",
+    "train.global_batch=8",
+    "train.micro_batch=2",
+    "train.threads=1",
+    "optimizer.lr=8e-3",
+    "optimizer.warmup_epochs=1",
+    "log.every_steps=1",
+    "log.tensorboard=false",
+    "checkpoint.every_steps=4",
+    "checkpoint.keep=2",
+]
+
+
+def command(output: Path, data: Path, *more: str) -> list[str]:
+    """``deepspeed xkd_fast/train.py`` on two processes, as a user types it."""
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", str(free_port())]
+    places = [f"output={output}", f"data.demo.videos={data}/videos", f"data.demo.shards={data}/shards"]
+    return [*launcher, "xkd_fast/train.py", *SMALL, *places, *more]
+
+
+def environment() -> dict[str, str]:
+    """The environment's own bin folder first, as after activating it: DeepSpeed looks for ninja there."""
+    return dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", OMP_NUM_THREADS="1")
+
+
+def run(arguments: list[str], code: int = 0) -> str:
+    """Run to the end; returns what was printed."""
+    done = subprocess.run(arguments, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)
+    output = done.stdout + done.stderr
+    assert done.returncode == code, output[-5000:]
+    return output
+
+
+def rows(output: Path) -> list[dict[str, float]]:
+    """Metrics of a run; a torn last line is left out."""
+    path = output / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def start_and_kill(arguments: list[str], output: Path, steps: int) -> None:
+    """Start a run and SIGKILL the launcher and every rank once ``steps`` are logged."""
+    with open(output.parent / "killed.log", "w") as log:
+        launcher = subprocess.Popen(arguments, cwd=REPOSITORY, env=environment(), stdout=log, stderr=log)
+        deadline = time.monotonic() + 240
+        while len(rows(output)) < steps:
+            assert launcher.poll() is None and time.monotonic() < deadline, (output.parent / "killed.log").read_text()[-4000:]
+            time.sleep(0.02)
+        family = [launcher, *psutil.Process(launcher.pid).children(recursive=True)]
+        for process in family:
+            process.kill()
+        launcher.wait()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """A whole run; its data, rendered and prepared on first use, and what it printed."""
+    folder = tmp_path_factory.mktemp("training")
+    printed = run(command(folder / "whole", folder / "data"))
+    return folder / "whole", folder / "data", printed
+
+
+def test_whole_run_trains_and_logs(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if the job does not train, log every step, checkpoint, or keep only the newest checkpoints."""
+    output, _, printed = uninterrupted
+    logged = rows(output)
+    assert [row["step"] for row in logged] == list(range(1, STEPS + 1))
+    assert sum(row["reconstruction"] for row in logged[-4:]) < 0.9 * sum(row["reconstruction"] for row in logged[:4])
+    assert logged[0]["learning_rate"] == 0 and max(row["learning_rate"] for row in logged) == pytest.approx(8e-3 * 8 / 32)
+    assert sorted(path.name for path in (output / "checkpoints").glob("step-*")) == ["step-00000016", "step-00000018"]
+    assert "2 × cpu" in printed and "clips/s" in printed and "data wait" in printed
+
+
+def test_killed_run_resumes_exactly(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if anything a step depends on is not restored: weights, moments, teachers, centres, schedules, data position."""
+    whole, data, _ = uninterrupted
+    output = whole.parent / "killed"
+    start_and_kill(command(output, data), output, steps=10)
+    assert len(rows(output)) < STEPS
+    printed = run(command(output, data, "--resume", "auto"))
+    assert "resumed from" in printed
+    expected, actual = rows(whole), rows(output)
+    assert [row["step"] for row in actual] == list(range(1, STEPS + 1))
+    names = [name for name in expected[0] if name not in ("clips_per_second", "data_wait_share", "host_memory_gib")]
+    for before, after in zip(expected, actual, strict=True):
+        for name in names:
+            assert after[name] == pytest.approx(before[name], rel=1e-5, abs=1e-7), f"step {before['step']}: {name}"
+
+
+def test_a_run_that_is_done_has_nothing_to_do(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if resuming a finished run trains on."""
+    output, data, _ = uninterrupted
+    before = rows(output)
+    run(command(output, data, "--resume", "auto"))
+    assert rows(output) == before
+
+
+def test_resuming_with_another_batch_is_one_clear_error(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if a run goes on in another order of clips, or dies with a traceback."""
+    output, data, _ = uninterrupted
+    single = [sys.executable, *command(output, data, "--resume", "auto", "train.global_batch=4")[5:]]
+    printed = run(single, code=2)
+    assert "train.global_batch = 8" in printed and "Traceback" not in printed
+
+
+def test_plain_python_trains_in_bfloat16(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if the job needs a launcher, or autocast breaks it."""
+    whole, data, _ = uninterrupted
+    output = whole.parent / "single"
+    more = ["train.precision=bfloat16", "train.zero_stage=2", "train.stop_after_steps=3"]
+    run([sys.executable, *command(output, data, *more)[5:]])
+    assert len(rows(output)) == 3
+    assert rows(output)[-1]["total"] == pytest.approx(rows(whole)[2]["total"], rel=0.05)
