@@ -262,9 +262,10 @@ def options_for(world, **changes):
     return replace(SvmOptions(world.run, world.shards, train_clips=2, test_clips=2, svm_c=(0.01, 1.0)), **changes)
 
 
-def test_every_sample_is_described_by_its_own_clips(world):
-    """Features paired with the neighbour's label, clips left out, or random clips where uniform ones are asked."""
-    options, trained = options_for(world, test_clips=3, batch=5), load_model(world.run)
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_every_sample_is_described_by_its_own_clips(world, role):
+    """Features paired with the neighbour's label, clips left out, random clips for uniform ones, or another network's."""
+    options, trained = options_for(world, network=role, test_clips=3, batch=5), load_model(world.run)
     train, test, _ = train_and_test(options)
     assert sorted([*train.numbers, *test.numbers]) == list(range(3 * CLIPS_PER_CLASS))
     found = features_of(trained, test, options, progress_bar(None), "test clips", random=False)
@@ -272,7 +273,7 @@ def test_every_sample_is_described_by_its_own_clips(world):
     sizes = (config.model, config.augment, config.mel, config.data)
     for sample, label in zip(test.numbers, test.labels, strict=True):
         own = next(clips(shards, *sizes, per_sample=3, batch_size=3, samples=[sample]))
-        direct = trained.model.teacher("audio").features(own.views.audio_global).detach()
+        direct = getattr(trained.model, f"audio_{role}").features(own.views.audio_global).detach()
         np.testing.assert_allclose(found.of("audio")[found.samples == sample], direct, rtol=1e-4, atol=1e-5)
         assert label == shards.labels[sample]
     assert len(found.samples) == 3 * len(test.numbers)
