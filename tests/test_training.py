@@ -135,3 +135,20 @@ def test_plain_python_trains_in_bfloat16(uninterrupted: tuple[Path, Path, str]) 
     run([sys.executable, *command(output, data, *more)[5:]])
     assert len(rows(output)) == 3
     assert rows(output)[-1]["total"] == pytest.approx(rows(whole)[2]["total"], rel=0.05)
+
+
+def test_sigterm_leaves_a_checkpoint_and_ends_well(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if a scheduler's warning costs the work since the last checkpoint."""
+    whole, data, _ = uninterrupted
+    output = whole.parent / "terminated"
+    arguments = [sys.executable, *command(output, data, "checkpoint.every_steps=0", "train.epochs=50")[5:]]
+    with open(whole.parent / "terminated.log", "w") as log:
+        process = subprocess.Popen(arguments, cwd=REPOSITORY, env=environment(), stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while len(rows(output)) < 3:
+            assert process.poll() is None and time.monotonic() < deadline, (whole.parent / "terminated.log").read_text()[-3000:]
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+    (checkpoint,) = (output / "checkpoints").glob("step-*")
+    assert int(checkpoint.name.removeprefix("step-")) == rows(output)[-1]["step"] < 300

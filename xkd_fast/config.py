@@ -30,7 +30,7 @@ from xkd_fast.data.pipeline import check_against_model
 from xkd_fast.data.synthetic import SyntheticOptions
 from xkd_fast.data.views import AugmentOptions
 from xkd_fast.errors import UserError
-from xkd_fast.model.options import FORBID_EXTRA, ModelOptions, option, section
+from xkd_fast.model.options import FORBID_EXTRA, ModelOptions, option, require, section
 
 __all__ = [
     "DEMO_CONFIG",
@@ -46,11 +46,6 @@ __all__ = [
     "render_config",
     "shipped_configs",
 ]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 # ------------------------------------------------------------------------------------------------------------- the options
@@ -70,13 +65,13 @@ class DemoData:
 
     def __post_init__(self) -> None:
         for name in ("videos", "shards"):
-            _require(getattr(self, name) != "", f"data.demo.{name} is empty; it must name a folder")
-        _require(
+            require(getattr(self, name) != "", f"data.demo.{name} is empty; it must name a folder")
+        require(
             self.short_side >= 16 and self.short_side % 2 == 0,
             f"data.demo.short_side = {self.short_side} must be an even number of 16 or more",
         )
         clips = self.test_clips_per_class
-        _require(clips >= 1, f"data.demo.test_clips_per_class = {clips} must be 1 or more")
+        require(clips >= 1, f"data.demo.test_clips_per_class = {clips} must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -88,9 +83,7 @@ class DataOptions(ClipOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
-            "" not in self.train, f"data.train = {list(self.train)} holds an empty name; each must name a folder of shards"
-        )
+        require("" not in self.train, f"data.train = {list(self.train)} holds an empty name; each must name a folder of shards")
 
 
 @dataclass(frozen=True)
@@ -117,13 +110,13 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name in ("epochs", "global_batch", "micro_batch"):
             value = getattr(self, name)
-            _require(value >= 1, f"train.{name} = {value} must be 1 or more")
-        _require(
+            require(value >= 1, f"train.{name} = {value} must be 1 or more")
+        require(
             self.global_batch % self.micro_batch == 0,
             f"train.global_batch = {self.global_batch} must be a multiple of train.micro_batch = {self.micro_batch}",
         )
-        _require(self.threads >= 0, f"train.threads = {self.threads} must be 0 or more")
-        _require(
+        require(self.threads >= 0, f"train.threads = {self.threads} must be 0 or more")
+        require(
             self.stop_after_steps is None or self.stop_after_steps >= 1,
             f"train.stop_after_steps = {self.stop_after_steps} must be 1 or more, or null",
         )
@@ -167,18 +160,18 @@ class OptimizerOptions:
     def __post_init__(self) -> None:
         for name in ("lr", "lr_batch", "eps"):
             value = getattr(self, name)
-            _require(value > 0, f"optimizer.{name} = {value} must be above 0")
-        _require(
+            require(value > 0, f"optimizer.{name} = {value} must be above 0")
+        require(
             all(0 <= beta < 1 for beta in self.betas),
             f"optimizer.betas = {list(self.betas)} must be two numbers, 0 or more and below 1",
         )
-        _require(
+        require(
             self.clip_norm is None or self.clip_norm > 0,
             f"optimizer.clip_norm = {self.clip_norm} must be above 0, or null for off",
         )
         for name in ("weight_decay", "warmup_epochs", "freeze_last_layer_epochs"):
             value = getattr(self, name)
-            _require(value >= 0, f"optimizer.{name} = {value} must be 0 or more")
+            require(value >= 0, f"optimizer.{name} = {value} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -195,7 +188,7 @@ class EmaOptions:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            _require(0 <= value <= 1, f"ema.{field.name} = {value} must lie in 0-1")
+            require(0 <= value <= 1, f"ema.{field.name} = {value} must lie in 0-1")
 
 
 @dataclass(frozen=True)
@@ -212,8 +205,8 @@ class CheckpointOptions:
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep"):
             value = getattr(self, name)
-            _require(value >= 0, f"checkpoint.{name} = {value} must be 0 or more")
-        _require(self.resume != "", "checkpoint.resume is empty; it must be none, auto or the path of a checkpoint")
+            require(value >= 0, f"checkpoint.{name} = {value} must be 0 or more")
+        require(self.resume != "", "checkpoint.resume is empty; it must be none, auto or the path of a checkpoint")
 
 
 @dataclass(frozen=True)
@@ -229,7 +222,7 @@ class LogOptions:
     wandb: bool = option(False, "send the metrics to Weights & Biases (needs the extra `wandb`); false = off")
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, f"log.every_steps = {self.every_steps} must be 1 or more")
+        require(self.every_steps >= 1, f"log.every_steps = {self.every_steps} must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -251,8 +244,8 @@ class Config:
     log: LogOptions = section(LogOptions, "metrics and progress")
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**63, f"seed = {self.seed} must lie in 0 to 2**63 - 1")
-        _require(self.output != "", "output is empty; it must name a folder")
+        require(0 <= self.seed < 2**63, f"seed = {self.seed} must lie in 0 to 2**63 - 1")
+        require(self.output != "", "output is empty; it must name a folder")
         check_against_model(self.data, self.mel, self.model)
 
     def as_dict(self) -> dict[str, Any]:

@@ -174,8 +174,8 @@ def reconstruction_section(config: Config, model: XKD, views: Views, masks: Mask
     video = (views.video_global, *reconstruct(model, "video", views.video_global, masks.video))
     audio = (views.audio_global, *reconstruct(model, "audio", views.audio_global, masks.audio))
     for index, title in enumerate(titles):
-        pictures.append(embed(video_pictures(config, *(part[index] for part in video), title=title)))
-        pictures.append(embed(audio_pictures(config, *(part[index] for part in audio), title=title)))
+        pictures.append(embed(video_pictures(config, video[0][index], video[1][index], video[2][index], title)))
+        pictures.append(embed(audio_pictures(config, audio[0][index], audio[1][index], audio[2][index], title)))
     shares = f"{config.model.video.mask_ratio:.0%} of the video and {config.model.audio.mask_ratio:.0%} of the audio tokens"
     text = f"Clips the model has not seen in training. {shares} are hidden from the encoder (grey)."
     return Section("What the model sees and what it restores", text, "\n".join(pictures))

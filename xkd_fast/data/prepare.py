@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
@@ -20,13 +23,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from xkd_fast.data.convert import Converted, ConvertTask, Skipped
-from xkd_fast.data.options import FORBID_EXTRA, option, require
-from xkd_fast.data.shards import FORMAT, MANIFEST, NewSample, ShardWriter, index_path, read_json, write_aside
+from xkd_fast.data.shards import FORMAT, MANIFEST, NewSample, ShardWriter, aside, index_path, read_json, write_aside
 from xkd_fast.data.workers import PAUSE, Outcome, require_workers, run_tasks
 from xkd_fast.errors import UserError
+from xkd_fast.model.options import FORBID_EXTRA, option, require
 
 VIDEO_SUFFIXES = frozenset(
     """.3gp .asf .avi .divx .f4v .flv .m2ts .m2v .m4a .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogm .ogv .ts .vob .webm
@@ -68,7 +72,7 @@ class PrepareOptions:
         require(low <= self.encoder_quality <= high, f"quality = {self.quality} must lie in {low}-{high} for {self.codec}")
         require(self.samples_per_shard >= 1, f"samples_per_shard = {self.samples_per_shard} must be 1 or more")
         require(self.workers >= 0, f"workers = {self.workers} must be 0 or more")
-        require(self.seconds_per_file > 0, f"seconds_per_file = {self.seconds_per_file} must be above 0")
+        require(0 < self.seconds_per_file <= 86400, f"seconds_per_file = {self.seconds_per_file} must lie in 0-86400, above 0")
 
     @property
     def encoder_quality(self) -> int:
@@ -108,20 +112,43 @@ def find_sources(root: Path) -> list[Source]:
     """Videos below ``root``, sorted by name; the first folder of a path is the class.
 
     Raises:
-        UserError: no such folder, or no video in it.
+        UserError: no such folder, one that cannot be listed, or no video in it.
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; name the folder that holds the videos, in one sub-folder per class")
-    sources = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for file in sorted(files):
-            if not file.startswith(".") and Path(file).suffix.lower() in VIDEO_SUFFIXES:
-                path = (Path(folder) / file).relative_to(root)
-                sources.append(Source(path.as_posix(), path.parts[0] if len(path.parts) > 1 else None))
+    sources = [Source(name, name.split("/", 1)[0] if "/" in name else None) for name in sorted(_video_names(root))]
     if not sources:
         raise UserError(f"{root} holds no video; files with one of these endings count: {' '.join(sorted(VIDEO_SUFFIXES))}")
     return sources
+
+
+def _video_names(root: Path) -> Iterator[str]:
+    """Paths of videos below ``root``. Links to folders are followed, but not back into a folder that the path came through."""
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        try:
+            status = os.stat(root / folder)
+            entries = list(os.scandir(root / folder))
+        except OSError as error:
+            raise UserError(f"{root / folder} cannot be listed: {error.strerror}; make it readable or remove it") from error
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry):
+                waiting.append((f"{folder}{entry.name}/", above | {identity}))
+            elif os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES:
+                yield folder + entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a place that may not be seen
+        return False
 
 
 def shuffle(sources: list[Source], seed: int) -> list[Source]:
@@ -136,11 +163,11 @@ def shuffle(sources: list[Source], seed: int) -> list[Source]:
 def plan_of(sources: list[Source], options: PrepareOptions) -> dict[str, Any]:
     """What identifies a run: its options and its sources. A folder is only continued by the same plan."""
     names = "\0".join(source.name for source in sources).encode("utf-8", "surrogateescape")
-    return {"options": options.content(), "sources": len(sources), "names": hashlib.sha256(names).hexdigest()}
+    return {"format": FORMAT, "options": options.content(), "sources": len(sources), "names": hashlib.sha256(names).hexdigest()}
 
 
 def check_plan(destination: Path, plan: dict[str, Any]) -> None:
-    """Note the plan in an empty folder, or refuse a folder that belongs to another one.
+    """Note the plan in a folder that is empty, or refuse a folder that belongs to another one.
 
     Raises:
         UserError: naming what differs.
@@ -148,11 +175,17 @@ def check_plan(destination: Path, plan: dict[str, Any]) -> None:
     path = destination / PLAN
     if path.is_file():
         stored = read_json(path, "the plan of an earlier prepare")
-        options = stored.get("options", {})
+        if stored.get("format") != plan["format"]:
+            raise UserError(
+                f"{destination} was prepared in format {stored.get('format')!r}, this version writes format {plan['format']}; "
+                "choose another folder, or delete this one"
+            )
+        options = stored.get("options")
         for name, value in plan["options"].items():
-            if options.get(name) != value:
+            earlier = options.get(name) if isinstance(options, dict) else None
+            if earlier != value:
                 raise UserError(
-                    f"{destination} was prepared with {name} = {options.get(name)}, this call asks for {value}; "
+                    f"{destination} was prepared with {name} = {earlier}, this call asks for {value}; "
                     "choose another folder, or delete this one"
                 )
         if stored != plan:
@@ -161,9 +194,8 @@ def check_plan(destination: Path, plan: dict[str, Any]) -> None:
                 f"{plan['sources']} or others; choose another folder, or delete this one"
             )
         return
-    if destination.is_dir() and any(destination.iterdir()):
+    if any(entry.name != aside(path).name for entry in destination.iterdir()):  # that one is of a call that was cut off here
         raise UserError(f"{destination} holds files that are not shards of prepare; choose an empty or a new folder")
-    destination.mkdir(parents=True, exist_ok=True)
     write_aside(path, json.dumps(plan, indent=2).encode())
 
 
@@ -183,23 +215,62 @@ def prepare(
         console: where progress is shown.
 
     Raises:
-        UserError: no videos, a destination that belongs to something else, or no video that could be used.
+        UserError: no videos, a destination that belongs to something else, is in use or cannot be written, or no video that
+            could be used.
     """
     options, console = options or PrepareOptions(), console or Console()
     root, destination = Path(source), Path(destination)
-    workers = options.workers or os.cpu_count() or 1
+    workers = options.workers or _processors()
     require_workers(workers)
     sources = shuffle(find_sources(root), options.seed)
-    check_plan(destination, plan_of(sources, options))
+    if destination.exists() and not destination.is_dir():
+        raise UserError(f"{destination} is a file; name a folder for the shards")
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        with _sole_use(destination):
+            check_plan(destination, plan_of(sources, options))
+            return _prepare(root, destination, sources, options, workers, console)
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise UserError(
+            f"preparing {destination} failed: {error.strerror}{place}; mend that and call again to go on"
+        ) from error
+
+
+def _processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _sole_use(destination: Path) -> Iterator[None]:
+    """Lock a folder against a second prepare; the lock goes with the process, however it ends."""
+    descriptor = os.open(destination, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(f"another prepare is writing to {destination}; wait for it, or stop it") from error
+            # some network file systems lock no folders: then nothing guards
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _prepare(
+    root: Path, destination: Path, sources: list[Source], options: PrepareOptions, workers: int, console: Console
+) -> PrepareReport:
+    """Write the shards that are missing, then report and manifest."""
     classes = sorted({entry.class_name for entry in sources if entry.class_name is not None})
     size = options.samples_per_shard
     shards = [sources[start : start + size] for start in range(0, len(sources), size)]
-    missing = [number for number in range(len(shards)) if not index_path(_tar(destination, number)).is_file()]
+    missing = [number for number in range(len(shards)) if not _is_whole(_tar(destination, number))]
     done = len(sources) - sum(len(shards[number]) for number in missing)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
-        bar = progress.add_task(f"preparing {destination.name}", total=len(sources), completed=done, note="")
+        bar = progress.add_task(f"preparing {escape(destination.name)}", total=len(sources), completed=done, note="")
         skipped = 0
         with contextlib.closing(_convert_in_order(root, shards, missing, options, workers)) as outcomes:
             for number in missing:
@@ -207,7 +278,7 @@ def prepare(
                 rows = []
                 try:
                     for place, entry in enumerate(shards[number]):
-                        row = _store(writer, entry, number * size + place, next(outcomes), classes)
+                        row = _store(writer, entry, number * size + place, next(outcomes), classes, options.fps)
                         rows.append(row)
                         skipped += row["status"] == "skipped"
                         progress.update(bar, advance=1, note=f"{skipped} skipped" if skipped else "")
@@ -224,6 +295,14 @@ def _name(number: int) -> str:
 
 def _tar(destination: Path, number: int) -> Path:
     return destination / f"{_name(number)}.tar"
+
+
+def _is_whole(tar: Path) -> bool:
+    """Whether a shard stands: its index, which is written last, and a tar of the size that the index says."""
+    try:
+        return tar.stat().st_size == read_json(index_path(tar), "the index of a shard").get("bytes")
+    except (OSError, UserError):
+        return False
 
 
 def _convert_in_order(
@@ -251,20 +330,23 @@ def _convert_in_order(
 
     waiting: dict[int, Outcome] = {}
     converting = run_tasks("xkd_fast.data.convert:convert", tasks(), workers=workers, seconds=options.seconds_per_file)
-    for outcome in converting:
-        waiting[outcome.index] = outcome
-        while returned in waiting:
-            ready = waiting.pop(returned)
-            returned += 1
-            yield ready
+    with contextlib.closing(converting):
+        for outcome in converting:
+            waiting[outcome.index] = outcome
+            while returned in waiting:
+                ready = waiting.pop(returned)
+                returned += 1
+                yield ready
 
 
-def _store(writer: ShardWriter, source: Source, number: int, outcome: Outcome, classes: list[str]) -> dict[str, Any]:
+def _store(
+    writer: ShardWriter, source: Source, number: int, outcome: Outcome, classes: list[str], fps: float
+) -> dict[str, Any]:
     """Write a source's sample, if it gave one; returns its row of the report."""
     row: dict[str, Any] = dict.fromkeys(REPORT_COLUMNS, "") | {"source": source.name, "status": "skipped"}
     result = outcome.result
     if outcome.failure is not None:
-        reason = outcome.failure if outcome.failure != "raised" else "unreadable"
+        reason = "unreadable" if outcome.failure == "raised" else outcome.failure
         return row | {"reason": reason, "detail": outcome.detail}
     if isinstance(result, Skipped):
         return row | {"reason": result.reason, "detail": result.detail}
@@ -280,7 +362,12 @@ def _store(writer: ShardWriter, source: Source, number: int, outcome: Outcome, c
             samples=result.samples,
             height=result.height,
             width=result.width,
-            details={"class": source.class_name, "source": source.name, "audio_offset": result.audio_offset},
+            details={
+                "class": source.class_name,
+                "source": source.name,
+                "duration": result.frames / fps,
+                "audio_offset": result.audio_offset,
+            },
         )
     )
     return row | {"status": "written", "key": key, "shard": writer.path.name, "frames": result.frames}
@@ -293,9 +380,11 @@ def _finish(
     rows: list[dict[str, Any]] = []
     entries = []
     for number in range(shards):
-        index = read_json(index_path(_tar(destination, number)), "the index of a shard")
+        tar = _tar(destination, number)
+        index = read_json(index_path(tar), "the index of a shard")
         rows += index["report"]
-        entries.append({"name": _tar(destination, number).name, "samples": len(index["samples"]), "bytes": index["bytes"]})
+        entry = {"name": tar.name, "samples": len(index["samples"]), "bytes": index["bytes"]}
+        entries.append(entry | {"index_crc32": zlib.crc32(index_path(tar).read_bytes())})
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, REPORT_COLUMNS)
     table.writeheader()

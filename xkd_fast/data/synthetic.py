@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from xkd_fast.data.options import FORBID_EXTRA, option, require
 from xkd_fast.data.workers import Outcome, require_workers, run_tasks
 from xkd_fast.errors import UserError
+from xkd_fast.model.options import FORBID_EXTRA, option, require
 
 CLASSES = ("bounce", "collide", "flash", "orbit", "pendulum", "pulse", "ricochet", "slide")
 SHAPES = ("disc", "square", "triangle", "ring")
@@ -482,7 +482,7 @@ def _draw(frames: np.ndarray, motion: _Motion, shape: str, colour: np.ndarray, t
             patch += cover * (paint - patch)
 
 
-def _draw_apparatus(frames: np.ndarray, parts: list[_Line | _Circle], colour: np.ndarray, thickness: float) -> None:
+def _draw_apparatus(frames: np.ndarray, parts: Sequence[_Line | _Circle], colour: np.ndarray, thickness: float) -> None:
     """Paint bars and tracks onto frames [T, H, W, 3] float32 (0–255), in place; ``thickness`` in frame heights."""
     _, h, w, _ = frames.shape
     y, x = np.mgrid[0:h, 0:w].astype(np.float32)
@@ -768,6 +768,7 @@ def render_dataset(
 def _outcomes(tasks: list[tuple[str, str, int, SyntheticOptions]], workers: int) -> Iterator[Outcome]:
     if workers == 1:
         for index, task in enumerate(tasks):
-            yield Outcome(index, result=render_file(task))
+            render_file(task)
+            yield Outcome(index)
     else:
         yield from run_tasks("xkd_fast.data.synthetic:render_file", tasks, workers=workers, seconds=300.0)

@@ -12,17 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from xkd_fast.model.options import FORBID_EXTRA, AudioOptions, VideoOptions, option
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from xkd_fast.model.options import FORBID_EXTRA, AudioOptions, VideoOptions, option, require
 
 
 def _require_range(key: str, bounds: tuple[float, float], lowest: float, highest: float = float("inf")) -> None:
     low, high = bounds
-    _require(
+    require(
         lowest < low <= high <= highest,
         f"{key} = [{low:g}, {high:g}] must be [low, high] with {lowest:g} < low <= high"
         + (f" <= {highest:g}" if highest < float("inf") else ""),
@@ -59,8 +54,8 @@ class VideoViewOptions:
         _require_range(f"{key} blur_sigma", self.blur_sigma, 0.0)
         for name in ("flip", "greyscale", "blur", "brightness", "contrast", "saturation"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"{key} {name} = {value} must lie in 0-1")
-        _require(0 <= self.hue <= 0.5, f"{key} hue = {self.hue} must lie in 0-0.5 (of a full turn)")
+            require(0 <= value <= 1, f"{key} {name} = {value} must lie in 0-1")
+        require(0 <= self.hue <= 0.5, f"{key} hue = {self.hue} must lie in 0-0.5 (of a full turn)")
 
 
 @dataclass(frozen=True)
@@ -79,8 +74,8 @@ class AudioViewOptions:
 
     def __post_init__(self) -> None:
         key = "audio view"
-        _require(0 <= self.volume < 1, f"{key} volume = {self.volume} must lie in 0-1, below 1")
-        _require(min(self.crop_canvas) >= 1, f"{key} crop_canvas = {list(self.crop_canvas)} must be two numbers of 1 or more")
+        require(0 <= self.volume < 1, f"{key} volume = {self.volume} must lie in 0-1, below 1")
+        require(min(self.crop_canvas) >= 1, f"{key} crop_canvas = {list(self.crop_canvas)} must be two numbers of 1 or more")
         _require_range(f"{key} crop_scale", self.crop_scale, 0.0)
 
     @property
@@ -121,8 +116,8 @@ class AugmentOptions:
     )
 
     def __post_init__(self) -> None:
-        _require(self.audio_start_step >= 1, f"augment.audio_start_step = {self.audio_start_step} must be 1 or more")
-        _require(min(self.pixel_std) > 0, f"augment.pixel_std = {list(self.pixel_std)} must be three numbers above 0")
+        require(self.audio_start_step >= 1, f"augment.audio_start_step = {self.audio_start_step} must be 1 or more")
+        require(min(self.pixel_std) > 0, f"augment.pixel_std = {list(self.pixel_std)} must be three numbers above 0")
 
 
 @dataclass

@@ -30,13 +30,14 @@ def section(factory: type, doc: str) -> Any:
     return field(default_factory=factory, metadata={"doc": doc})
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise ``ValueError(message)`` unless the condition holds; messages name the value, the rule and the key."""
     if not condition:
         raise ValueError(message)
 
 
 def _require_multiple(key: str, value: int, patch_key: str, patch: int) -> None:
-    _require(
+    require(
         patch >= 1 and value >= patch and value % patch == 0,
         f"{key} = {value} must be a positive multiple of {patch_key} = {patch}",
     )
@@ -49,7 +50,7 @@ def kept_tokens(tokens: int, mask_ratio: float) -> int:
 
 def _require_mask(key: str, mask_ratio: float, tokens: int) -> None:
     keep = kept_tokens(tokens, mask_ratio)
-    _require(
+    require(
         0 < keep < tokens,
         f"{key} = {mask_ratio} keeps {keep} of {tokens} tokens visible; a ratio must keep at least 1 and mask at least 1",
     )
@@ -77,12 +78,12 @@ class VideoOptions:
         _require_multiple(f"{key}.local_frames", self.local_frames, f"{key}.patch_frames", self.patch_frames)
         _require_multiple(f"{key}.size", self.size, f"{key}.patch_size", self.patch_size)
         _require_multiple(f"{key}.local_size", self.local_size, f"{key}.patch_size", self.patch_size)
-        _require(
+        require(
             self.local_frames <= self.frames,
             f"{key}.local_frames = {self.local_frames} must be at most the clip's, {key}.frames = {self.frames}",
         )
-        _require(self.local_views >= 0, f"{key}.local_views = {self.local_views} must be 0 or more")
-        _require(self.channels >= 1, f"{key}.channels = {self.channels} must be 1 or more")
+        require(self.local_views >= 0, f"{key}.local_views = {self.local_views} must be 0 or more")
+        require(self.channels >= 1, f"{key}.channels = {self.channels} must be 1 or more")
         _require_mask(f"{key}.mask_ratio", self.mask_ratio, self.tokens)
 
     @property
@@ -137,11 +138,11 @@ class AudioOptions:
         _require_multiple(f"{key}.mel_bins", self.mel_bins, f"{key}.patch_bins", self.patch_bins)
         _require_multiple(f"{key}.frames", self.frames, f"{key}.patch_frames", self.patch_frames)
         _require_multiple(f"{key}.local_frames", self.local_frames, f"{key}.patch_frames", self.patch_frames)
-        _require(
+        require(
             self.local_frames <= self.frames,
             f"{key}.local_frames = {self.local_frames} must be at most the clip's, {key}.frames = {self.frames}",
         )
-        _require(self.local_views >= 0, f"{key}.local_views = {self.local_views} must be 0 or more")
+        require(self.local_views >= 0, f"{key}.local_views = {self.local_views} must be 0 or more")
         _require_mask(f"{key}.mask_ratio", self.mask_ratio, self.tokens)
 
     @property
@@ -176,8 +177,8 @@ class AudioOptions:
 
 
 def _check_transformer(key: str, width: int, depth: int, heads: int) -> None:
-    _require(depth >= 1, f"{key}.depth = {depth} must be 1 or more")
-    _require(
+    require(depth >= 1, f"{key}.depth = {depth} must be 1 or more")
+    require(
         heads >= 1 and width >= heads and width % heads == 0,
         f"{key}.width = {width} must be a positive multiple of {key}.heads = {heads}",
     )
@@ -224,7 +225,7 @@ class HeadOptions:
     def __post_init__(self) -> None:
         for name in ("hidden", "bottleneck", "prototypes"):
             value = getattr(self, name)
-            _require(value >= 1, f"model.head.{name} = {value} must be 1 or more")
+            require(value >= 1, f"model.head.{name} = {value} must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -240,8 +241,8 @@ class TemperatureOptions:
     def __post_init__(self) -> None:
         for name in ("start", "end"):
             value = getattr(self, name)
-            _require(value > 0, f"teacher temperature {name} = {value} must be above 0")
-        _require(self.warmup_epochs >= 0, f"teacher temperature warmup_epochs = {self.warmup_epochs} must be 0 or more")
+            require(value > 0, f"teacher temperature {name} = {value} must be above 0")
+        require(self.warmup_epochs >= 0, f"teacher temperature warmup_epochs = {self.warmup_epochs} must be 0 or more")
 
 
 def _audio_temperature() -> TemperatureOptions:
@@ -270,11 +271,11 @@ class ObjectiveOptions:
         key = "model.objective"
         weights = {name: getattr(self, name) for name in ("reconstruction_weight", "distillation_weight", "alignment_weight")}
         for name, value in weights.items():
-            _require(value >= 0, f"{key}.{name} = {value} must be 0 or more")
-        _require(sum(weights.values()) > 0, f"{key}: at least one of {', '.join(weights)} must be above 0")
-        _require(self.student_temperature > 0, f"{key}.student_temperature = {self.student_temperature} must be above 0")
-        _require(0 <= self.centre_momentum <= 1, f"{key}.centre_momentum = {self.centre_momentum} must lie in 0-1")
-        _require(
+            require(value >= 0, f"{key}.{name} = {value} must be 0 or more")
+        require(sum(weights.values()) > 0, f"{key}: at least one of {', '.join(weights)} must be above 0")
+        require(self.student_temperature > 0, f"{key}.student_temperature = {self.student_temperature} must be above 0")
+        require(0 <= self.centre_momentum <= 1, f"{key}.centre_momentum = {self.centre_momentum} must lie in 0-1")
+        require(
             len(self.mmd_gammas) > 0 and all(gamma > 0 for gamma in self.mmd_gammas),
             f"{key}.mmd_gammas = {list(self.mmd_gammas)} must be a non-empty list of numbers above 0",
         )
@@ -302,10 +303,10 @@ class ModelOptions:
     objective: ObjectiveOptions = section(ObjectiveOptions, "loss weights, temperatures, centre and MMD")
 
     def __post_init__(self) -> None:
-        _require(self.mlp_ratio > 0, f"model.mlp_ratio = {self.mlp_ratio} must be above 0")
+        require(self.mlp_ratio > 0, f"model.mlp_ratio = {self.mlp_ratio} must be above 0")
         if self.teacher_view == "local":
             for name, views in (("video", self.video.local_views), ("audio", self.audio.local_views)):
-                _require(
+                require(
                     views >= 1,
                     f"model.teacher_view = 'local' needs a local view per modality, but model.{name}.local_views = {views}; "
                     "use teacher_view 'global' or add a local view",

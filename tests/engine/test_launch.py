@@ -1,0 +1,77 @@
+"""Starting and stopping: threads, turns, SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from xkd_fast.engine.launch import StopSignal, first_rank_first, free_port, local_world_size, set_threads, start_deepspeed
+from xkd_fast.errors import UserError
+
+
+@pytest.fixture
+def single_rank():
+    """A process group of one."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sigterm_is_agreed_on_not_acted_on(single_rank: None) -> None:
+    """Red if SIGTERM kills a run in mid-step, or is forgotten."""
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        stop = StopSignal()
+        stop.agree(torch.device("cpu"))
+        assert not stop.agreed
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not stop.agreed
+        stop.agree(torch.device("cpu"))
+        assert stop.agreed
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_error_of_the_first_rank_reaches_all(single_rank: None) -> None:
+    """Red if the other ranks would wait for ever for a first rank that has failed."""
+
+    def fail() -> None:
+        raise UserError("no videos")
+
+    with pytest.raises(UserError, match="no videos"):
+        first_rank_first(fail)
+
+
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if every rank takes all cores."""
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        set_threads(0)
+        assert torch.get_num_threads() == 2
+        set_threads(3)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_local_world_size_of_each_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a launcher's variable is not known (torchrun: LOCAL_WORLD_SIZE, deepspeed: LOCAL_SIZE)."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert local_world_size() == 1
+    for size, name in ((16, "WORLD_SIZE"), (4, "LOCAL_SIZE"), (2, "LOCAL_WORLD_SIZE")):
+        monkeypatch.setenv(name, str(size))
+        assert local_world_size() == size
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_asking_for_a_gpu_that_is_not_there_is_refused() -> None:
+    """Red if train.device=cuda silently trains on the CPU."""
+    with pytest.raises(UserError, match=r"train\.device"):
+        start_deepspeed("cuda")
