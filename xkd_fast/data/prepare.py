@@ -232,9 +232,7 @@ def prepare(
             return _prepare(root, destination, sources, options, workers, console)
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
-        raise UserError(
-            f"preparing {destination} failed: {error.strerror}{place}; mend that and call again to go on"
-        ) from error
+        raise UserError(f"preparing {destination} failed: {error.strerror}{place}; call again to go on") from error
 
 
 def _processors() -> int:

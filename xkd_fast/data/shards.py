@@ -73,14 +73,18 @@ class NewSample:
     details: dict[str, Any] = field(default_factory=dict)  # also in KEY.json: source, class, duration, …
 
 
+def aside(path: Path) -> Path:
+    """Where a file is written until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def write_aside(path: Path, data: bytes) -> None:
     """Write a file so that ``path`` is either the old one or the whole new one, on disk."""
-    aside = path.with_name(f".{path.name}.partial")
-    with open(aside, "wb") as file:
+    with open(aside(path), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    os.replace(aside(path), path)
 
 
 def index_path(tar: Path) -> Path:
@@ -94,10 +98,10 @@ class ShardWriter:
     def __init__(self, directory: Path, name: str, codec: str) -> None:
         """``name`` without suffix, such as ``shard-000000``."""
         self.path = directory / f"{name}.tar"
-        self._aside = directory / f".{name}.tar.partial"
+        self._aside = aside(self.path)
         self._suffixes = dict(zip(PARTS, (VIDEO_SUFFIX[codec], "flac", "json"), strict=True))
         self._file = open(self._aside, "wb")  # noqa: SIM115
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self._rows: list[dict[str, Any]] = []
 
     def add(self, sample: NewSample) -> None:
@@ -142,8 +146,15 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         UserError: naming the file, if it is missing, unreadable or something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return _parse_json(path.read_bytes(), path, what)
+    except OSError as error:
+        raise UserError(f"{path}, {what}, cannot be read: {error.strerror}") from error
+
+
+def _parse_json(data: bytes, path: Path, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except ValueError as error:
         raise UserError(f"{path}, {what}, cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}, {what}, does not hold a JSON object")
@@ -152,8 +163,12 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Table:
-    """Numbers of every sample of one directory."""
+    """What manifest and indexes of one directory say."""
 
+    codec: str
+    fps: float
+    sample_rate: int
+    classes: list[str]
     keys: list[str]
     columns: dict[str, NDArray[np.int64]]  # label, frames, samples, height, width: [N]
     ranges: NDArray[np.int64]  # [N, 3 parts, (offset, size, crc)]
@@ -162,54 +177,80 @@ class _Table:
 
 
 COLUMNS = ("label", "frames", "samples", "height", "width")
+AGAIN = "copy or prepare the shards again"
 
 
-def _read_directory(directory: Path) -> tuple[dict[str, Any], _Table]:
-    if not (directory / MANIFEST).is_file():
+def _read_directory(directory: Path) -> _Table:
+    path = directory / MANIFEST
+    if not path.is_file():
         raise UserError(
             f"{directory} is no shard set: it has no {MANIFEST}. Make one with `xkd-fast prepare VIDEOS {directory}`"
             " (an interrupted prepare goes on when it is called again)"
         )
-    manifest = read_json(directory / MANIFEST, "the manifest of a shard set")
-    try:
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{directory / MANIFEST} has format {manifest['format']}; this version reads format {FORMAT}")
-        keys: list[str] = []
-        rows: list[list[int]] = []
-        ranges: list[list[list[int]]] = []
-        shard: list[int] = []
-        tars = [directory / entry["name"] for entry in manifest["shards"]]
-        for number, (tar, entry) in enumerate(zip(tars, manifest["shards"], strict=True)):
-            size = tar.stat().st_size if tar.is_file() else None
-            if size != entry["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise UserError(
-                    f"{tar} {found}, but its manifest says {entry['bytes']} bytes; copy or prepare the shards again"
-                )
-            index = read_json(index_path(tar), "the index of a shard")
-            if len(index["samples"]) != entry["samples"]:
-                raise UserError(
-                    f"{index_path(tar)} lists {len(index['samples'])} samples, the manifest {entry['samples']}; "
-                    "copy or prepare the shards again"
-                )
-            for row in index["samples"]:
-                keys.append(row["key"])
-                rows.append([row[name] for name in COLUMNS])
-                ranges.append([row[part] for part in PARTS])
-                shard.append(number)
-        columns = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
-        table = _Table(
-            keys,
-            {name: columns[:, place] for place, name in enumerate(COLUMNS)},
-            np.array(ranges, np.int64).reshape(-1, len(PARTS), 3),
-            np.array(shard, np.int64),
-            tars,
+    manifest = read_json(path, "the manifest of a shard set")
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has format {manifest.get('format')!r}; this version reads format {FORMAT}: prepare the videos again"
         )
-        for name in ("codec", "fps", "sample_rate", "classes"):
-            manifest[name]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{directory}: manifest or index is damaged ({type(error).__name__}: {error})") from error
-    return manifest, table
+    try:
+        table = _read_table(directory, manifest)
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise UserError(f"{directory}: manifest or index is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
+    return table
+
+
+def _read_table(directory: Path, manifest: dict[str, Any]) -> _Table:
+    codec, fps, sample_rate = str(manifest["codec"]), float(manifest["fps"]), int(manifest["sample_rate"])
+    classes = [str(name) for name in manifest["classes"]]
+    keys: list[str] = []
+    rows: list[list[int]] = []
+    ranges: list[list[list[int]]] = []
+    shard: list[int] = []
+    tars: list[Path] = []
+    for number, entry in enumerate(manifest["shards"]):
+        tar = directory / entry["name"]
+        size = tar.stat().st_size if tar.is_file() else None
+        if size != entry["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(f"{tar} {found}, but its manifest says {entry['bytes']} bytes; {AGAIN}")
+        samples = _read_index(index_path(tar), entry)
+        for row in samples:
+            for offset, length, _ in (row[part] for part in PARTS):
+                if offset < 0 or length < 0 or offset + length > size:
+                    raise ValueError(f"sample {row['key']} of {tar.name} lies outside the tar")
+            if not -1 <= row["label"] < len(classes):
+                raise ValueError(f"sample {row['key']} of {tar.name} has label {row['label']} of {len(classes)} classes")
+            keys.append(row["key"])
+            rows.append([row[name] for name in COLUMNS])
+            ranges.append([row[part] for part in PARTS])
+        shard += [number] * len(samples)
+        tars.append(tar)
+    columns = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
+    return _Table(
+        codec,
+        fps,
+        sample_rate,
+        classes,
+        keys,
+        {name: columns[:, place] for place, name in enumerate(COLUMNS)},
+        np.array(ranges, np.int64).reshape(-1, len(PARTS), 3),
+        np.array(shard, np.int64),
+        tars,
+    )
+
+
+def _read_index(path: Path, entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an index that must be the one that its manifest's entry was written for."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}, the index of a shard, cannot be read: {error.strerror}; {AGAIN}") from error
+    if zlib.crc32(data) != entry.get("index_crc32", zlib.crc32(data)):
+        raise UserError(f"{path}, the index of a shard, is not the one that its manifest was written for; {AGAIN}")
+    samples: list[dict[str, Any]] = _parse_json(data, path, "the index of a shard")["samples"]
+    if len(samples) != entry["samples"]:
+        raise UserError(f"{path} lists {len(samples)} samples, the manifest {entry['samples']}; {AGAIN}")
+    return samples
 
 
 class ShardSet:
@@ -223,23 +264,23 @@ class ShardSet:
     """
 
     def __init__(self, directories: Sequence[Path]) -> None:
-        manifests, tables = zip(*(_read_directory(directory) for directory in directories), strict=True)
-        first = manifests[0]
-        for directory, manifest in zip(directories, manifests, strict=True):
+        tables = [_read_directory(directory) for directory in directories]
+        first = tables[0]
+        for directory, table in zip(directories, tables, strict=True):
             for name in ("codec", "fps", "sample_rate"):
-                if manifest[name] != first[name]:
+                if getattr(table, name) != getattr(first, name):
                     raise UserError(
-                        f"{directory} has {name} {manifest[name]}, {directories[0]} has {first[name]}; "
+                        f"{directory} has {name} {getattr(table, name)}, {directories[0]} has {getattr(first, name)}; "
                         "shards used together must agree"
                     )
-        self.codec: str = first["codec"]
-        self.fps: float = float(first["fps"])
-        self.sample_rate: int = int(first["sample_rate"])
-        self.classes: list[str] = sorted({name for manifest in manifests for name in manifest["classes"]})
+        self.codec: str = first.codec
+        self.fps: float = first.fps
+        self.sample_rate: int = first.sample_rate
+        self.classes: list[str] = sorted({name for table in tables for name in table.classes})
         number = {name: place for place, name in enumerate(self.classes)}
         labels = []
-        for manifest, table in zip(manifests, tables, strict=True):
-            mapping = np.array([number[name] for name in manifest["classes"]] + [-1], np.int64)
+        for table in tables:
+            mapping = np.array([number[name] for name in table.classes] + [-1], np.int64)  # -1 is the last place
             labels.append(mapping[table.columns["label"]])
         self.labels: NDArray[np.int64] = np.concatenate(labels)
         self.frames, self.samples, self.heights, self.widths = (

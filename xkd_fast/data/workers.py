@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -141,7 +141,7 @@ class _Worker:
                     stream.close()
 
 
-def run_tasks(function: str, tasks: Iterable[Any], *, workers: int, seconds: float) -> Iterator[Outcome]:
+def run_tasks(function: str, tasks: Iterable[Any], *, workers: int, seconds: float) -> Generator[Outcome, None, None]:
     """Call a function on every task in worker processes.
 
     Tasks are drawn from the iterable only as workers become free. A generator that yields ``PAUSE`` is asked again after the
