@@ -188,7 +188,7 @@ def run_tasks(function: str, tasks: Iterable[Any], *, workers: int, seconds: flo
                 if not busy:
                     return
                 wait = min(worker.deadline for worker in busy) - time.monotonic()
-                ready = selector.select(max(0.0, wait))
+                ready = selector.select(min(max(0.0, wait), 60.0))  # no deadline is infinity, which select does not know
                 # Settled before outcomes are handed out, because the time that the caller takes for them is not the workers'.
                 talking, now = [key.data for key, _ in ready], time.monotonic()
                 overdue = [worker for worker in busy if now > worker.deadline and worker not in talking]
