@@ -205,14 +205,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="a golden file, or the bare name of one in tests/golden")
     parser.add_argument("--impl", choices=("reference",), default="reference", help="which implementation to replay")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
-    parser.add_argument("--tolerance", type=float, help="largest error allowed; default 1e-6 in float64, 2e-4 in float32")
+    parser.add_argument("--tolerance", type=float, help="largest error allowed; default 1e-6 in float64, 5e-4 in float32")
     args = parser.parse_args(arguments)
     path = args.file if args.file.exists() else GOLDEN / f"{args.file.name.removesuffix('.safetensors')}.safetensors"
     if not path.exists():
         parser.error(f"{args.file} does not exist, nor does {path}; golden files: {', '.join(FILES)}")
     golden = Golden.read(path)
     errors = replay(golden, getattr(torch, args.dtype))
-    tolerance = args.tolerance or {"float64": 1e-6, "float32": 2e-4}[args.dtype]
+    # float32: a gradient of 3e-8 beside AdamW's eps of 1e-8 turns one rounding into 2e-4 of a weight
+    tolerance = args.tolerance or {"float64": 1e-6, "float32": 5e-4}[args.dtype]
     largest = max(error for error, _ in errors.worst.values())
     report = {
         "file": path.name,

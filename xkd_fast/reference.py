@@ -185,7 +185,7 @@ class Head(nn.Module):
         x = F.gelu(self.norm(self.linear2(x)))
         x = F.normalize(self.linear3(x), dim=-1)
         x = F.linear(x, self.prototype_scale * F.normalize(self.prototypes, dim=-1))
-        return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+        return F.layer_norm(wide(x), x.shape[-1:], eps=LAYER_NORM_EPS)
 
 
 class Network(nn.Module):
@@ -430,7 +430,8 @@ class XKD(nn.Module):
         }
         terms = [(a + b) / 2 for a, b in (recon.values(), distil.values(), align.values())]
         term_weights = (objective.reconstruction_weight, objective.distillation_weight, objective.alignment_weight)
-        total = (torch.stack(terms) * terms[0].new_tensor(term_weights)).sum() / sum(term_weights)
+        weighted = [weight * term for weight, term in zip(term_weights, terms, strict=True)]
+        total = (weighted[0] + weighted[1] + weighted[2]) / sum(term_weights)
         return Losses(
             total=total,
             reconstruction=terms[0],

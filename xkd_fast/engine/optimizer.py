@@ -102,6 +102,7 @@ class ClippedAdamW(torch.optim.AdamW):
             if last_layer and self.last_layer_frozen:
                 for parameter in group["params"]:
                     parameter.grad = None
+                self.squared_norms.pop(group["index"], None)
                 continue
             self._clip(group, self.clip_norm if clipped else None)
         super().step()
