@@ -28,7 +28,7 @@ from xkd_fast.data.convert import encode_flac, encode_video
 from xkd_fast.data.decode import ClipDecoder, DecodeRequest
 from xkd_fast.data.log_mel import LogMel, MelOptions
 from xkd_fast.data.pipeline import DataOptions, ViewPipeline, check_against_model, clips, view_shape
-from xkd_fast.data.sampler import clip_draw, epoch_permutation, mask_noise, replacement
+from xkd_fast.data.sampler import clip_draw, epoch_permutation, evaluation_starts, mask_noise, replacement
 from xkd_fast.data.shards import FORMAT, MANIFEST, NewSample, ShardSet, ShardWriter
 from xkd_fast.data.views import AudioViewOptions, AugmentOptions, ClipShape, MaskNoise, VideoViewOptions, Views
 from xkd_fast.errors import UserError
@@ -278,7 +278,12 @@ def test_a_damaged_sample_is_replaced_the_same_way_on_every_run(shards: ShardSet
     damage(path, "clip7", "audio")
     hurt = ShardSet.open(path)
     with make(shards) as whole, make(hurt) as pipeline, make(hurt, micro_batch=1, accumulation=4) as other:
-        for (views, noise), (ours, our_noise) in zip(epoch_of(whole, 0), epoch_of(pipeline, 0), strict=True):
+        usual = {
+            key: [tensor[row] for tensor in tensors_of(views, noise)]
+            for views, noise in epoch_of(whole, 0)
+            for row, key in enumerate(views.keys)
+        }
+        for (views, _), (ours, our_noise) in zip(epoch_of(whole, 0), epoch_of(pipeline, 0), strict=True):
             for row, (key, our_key) in enumerate(zip(views.keys, ours.keys, strict=True)):
                 if key in ("clip4", "clip7"):
                     sample, attempt = shards.keys.index(key), 0
@@ -287,8 +292,9 @@ def test_a_damaged_sample_is_replaced_the_same_way_on_every_run(shards: ShardSet
                     assert our_key == shards.keys[replacement(3, 0, sample, attempt, SAMPLES)]
                 else:
                     assert our_key == key
-                    for one, another in zip(tensors_of(views, noise), tensors_of(ours, our_noise), strict=True):
-                        assert torch.equal(one[row], another[row])
+                # a stand-in is drawn as it would be in its own place
+                for one, another in zip(usual[our_key], tensors_of(ours, our_noise), strict=True):
+                    assert torch.equal(one, another[row])
         assert {(damaged.key, damaged.epoch) for damaged in pipeline.damaged} == {("clip4", 0), ("clip7", 0)}
         assert all("CRC" in damaged.reason and damaged.key in damaged.reason for damaged in pipeline.damaged)
         assert pipeline.health()["damaged_samples"] == len(pipeline.damaged)
@@ -422,8 +428,24 @@ def test_evaluation_does_not_depend_on_the_batches(shards: ShardSet) -> None:
         chosen = list(evaluate(shards, random=random, seed=5, samples=[7, 2]))
         assert [row[0] for row in chosen] == [7, 7, 7, 2, 2, 2]
         assert torch.equal(chosen[4][4], usual[7][4])
-    videos = [torch.stack([row[4] for row in evaluate(shards, random=True, seed=seed)]) for seed in (5, 6)]
-    assert not torch.equal(*videos)
+
+
+def test_random_evaluation_starts(shards: ShardSet) -> None:
+    # the same fraction of every sample, or another one than (seed, sample) says
+    for seed in (5, 6):
+        for sample, clip, key, _, video, _ in evaluate(shards, random=True, seed=seed):
+            last = max(0, length_of(number_of(key)) - FRAMES)
+            start = evaluation_starts(last, 3, random=True, seed=seed, sample=sample)[clip]
+            assert abs((video[:, 0].mean() * 255 - 35) / 10 - start) < 0.5
+
+
+def test_evaluation_ignores_how_training_crops(shards: ShardSet) -> None:
+    # a crop of 32 × 32 stored pixels instead of the centre square
+    batches = [
+        next(clips(shards, MODEL, replace(PLAIN, short_side_first=first), MEL, DATA, per_sample=1, batch_size=2))
+        for first in (False, True)
+    ]
+    assert torch.equal(batches[0].views.video_global, batches[1].views.video_global)
 
 
 def test_evaluation_refuses_damage(tmp_path: Path) -> None:

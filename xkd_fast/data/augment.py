@@ -158,10 +158,12 @@ _COLOUR_OPERATIONS: tuple[tuple[Callable[[Tensor, Tensor], Tensor], str, float],
 def jitter_colours(video: Tensor, draws: Sequence[VideoDraw]) -> Tensor:
     """Brightness, contrast, saturation, hue of [N, 3, T, H, W], each clip in its own order, then grey where drawn; in place."""
     for place in range(len(_COLOUR_OPERATIONS)):
-        for number, (operation, field, neutral) in enumerate(_COLOUR_OPERATIONS):
+        for number in sorted({draw.order[place] for draw in draws}):
+            operation, field, neutral = _COLOUR_OPERATIONS[number]
             clips = [n for n, draw in enumerate(draws) if draw.order[place] == number and getattr(draw, field) != neutral]
-            factors = torch.tensor([getattr(draws[n], field) for n in clips], dtype=video.dtype)
-            _on_clips(video, clips, operation, factors)
+            if clips:
+                factors = torch.tensor([getattr(draws[n], field) for n in clips], dtype=video.dtype)
+                _on_clips(video, clips, operation, factors)
     return _on_clips(video, [n for n, draw in enumerate(draws) if draw.grey], to_grey)
 
 
@@ -248,10 +250,10 @@ def video_views(
     for start in range(0, frames, per_pass):
         jitter_colours(video[:, :, start : start + per_pass], draws)
     video = blur(video, [draw.blur_sigma for draw in draws])
-    mean, std = (
-        torch.tensor(numbers, dtype=video.dtype, device=video.device).view(3, 1, 1, 1) for numbers in (pixel_mean, pixel_std)
-    )
-    return torch.addcmul(-mean / std, video, 1 / std, out=out)
+    out = torch.empty_like(video) if out is None else out
+    for channel, (mean, std) in enumerate(zip(pixel_mean, pixel_std, strict=True)):
+        torch.sub(video[:, channel], mean, out=out[:, channel]).div_(std)
+    return out
 
 
 def crop_spectrogram(spectrogram: Tensor, crop: tuple[int, int, int, int], canvas: tuple[int, int]) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xkd_fast.model.options import FORBID_EXTRA, option
@@ -105,7 +104,9 @@ class LogMel:
     def __call__(self, waveform: Tensor, frames: int | None = None) -> Tensor:
         """Spectrogram of ``waveform`` [batch, samples]: [batch, mel_bins, frames], the first ``frames`` (None = all)."""
         mel = self.options
-        padded = F.pad(waveform.to(self.dtype)[:, None], (mel.n_fft // 2, mel.n_fft // 2), mode="reflect")[:, 0]
+        waveform, half = waveform.to(self.dtype), mel.n_fft // 2
+        # mirrored about the end samples; F.pad(mode="reflect") takes 20 times as long
+        padded = torch.cat([waveform[:, 1 : half + 1].flip(1), waveform, waveform[:, -half - 1 : -1].flip(1)], 1)
         windows = padded.unfold(-1, mel.n_fft, mel.hop)[:, :frames]  # [batch, frames, n_fft], a view
         spectrum = torch.fft.rfft(windows * self.window)  # 2.0 ms a clip of 4 s in all, 4.2 ms with torch.stft (one Xeon core)
         power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
