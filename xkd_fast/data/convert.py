@@ -22,8 +22,9 @@ Reason = Literal["unreadable", "no_video", "no_audio", "silent_audio", "too_shor
 
 # Without the two flags swscale darkens a flat 255 to 253, and once more on the way to JPEG.
 SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-TIME_STAMP_ERROR = 1.1e-3  # seconds; Matroska and WebM round time stamps to a millisecond
-AUDIO_GAP = 0.1  # seconds; a longer jump of the sound's time stamps is a pause, a shorter one is jitter
+TIME_STAMP_ERROR = (1e-4, 1.1e-3)  # seconds; between them the unit of the file's time stamps, a millisecond in Matroska
+LONGEST_STILL = 600.0  # seconds that one picture may stand; more comes from a damaged time stamp
+AUDIO_GAP = 0.1  # seconds; a longer jump of the sound's time stamps is a pause or an overlap, a shorter one is jitter
 MAX_ASPECT = 16  # long side : short side
 
 
@@ -90,7 +91,7 @@ def _convert(task: ConvertTask) -> Converted:
         if not container.streams.audio:
             raise _Skip("no_audio")
         promised = container.duration / av.time_base if container.duration else 0.0
-    pictures, start, seconds = _read_frames(task, promised)
+    pictures, start, seconds = _read_frames(task)
     if seconds < task.min_seconds:
         raise _Skip("too_short", f"{seconds:.2f} s of picture, at least {task.min_seconds:g} s are asked for")
     pieces = _read_audio(task)
@@ -98,7 +99,7 @@ def _convert(task: ConvertTask) -> Converted:
         raise _Skip("no_audio", "the audio stream holds no sound")
     audio_start = pieces[0][0]
     audio_end = pieces[-1][0] + pieces[-1][1].size / task.sample_rate
-    read = max(seconds + start, audio_end) - min(start, audio_start)
+    read = max(seconds + start, audio_end) - min(start, audio_start, 0.0)  # Matroska promises an end, not a length
     if read < 0.9 * promised - 0.5:
         raise _Skip("truncated", f"{read:.2f} s could be read of the {promised:.2f} s that the file promises")
     samples = round(len(pictures) / task.fps * task.sample_rate)
@@ -126,7 +127,7 @@ def target_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
 
 
-def _read_frames(task: ConvertTask, promised: float) -> tuple[list[NDArray[np.uint8]], float, float]:
+def _read_frames(task: ConvertTask) -> tuple[list[NDArray[np.uint8]], float, float]:
     """Frames [H, W, 3] uint8 at the constant rate; when the first is shown, and how long all are, seconds."""
     pictures: list[NDArray[np.uint8]] = []
     shown = 0
@@ -139,8 +140,12 @@ def _read_frames(task: ConvertTask, promised: float) -> tuple[list[NDArray[np.ui
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         scaler = _Scaler(stream.sample_aspect_ratio or Fraction(1), task.short_side)
 
+        slack = min(max(float(stream.time_base or 0), TIME_STAMP_ERROR[0]), TIME_STAMP_ERROR[1])
+
         def show(until: int) -> None:
             nonlocal shown
+            if until - shown > LONGEST_STILL * task.fps:
+                raise _Skip("unreadable", f"by its time stamps one picture stands for {(until - shown) / task.fps:.0f} s")
             if until > shown:
                 pictures.extend([scaler(held)] * (until - shown))
                 shown = until
@@ -152,10 +157,8 @@ def _read_frames(task: ConvertTask, promised: float) -> tuple[list[NDArray[np.ui
             else:
                 if time <= end - step:  # a time stamp that goes back in time carries no information
                     continue
-                if promised and time - start > 2 * promised + 10:
-                    raise _Skip("unreadable", f"a frame at {time - start:.0f} s in a file of {promised:.2f} s")
                 # rounding of time stamps must not move a frame by a whole interval
-                show(math.ceil((time - start - TIME_STAMP_ERROR) * task.fps))
+                show(math.ceil((time - start - slack) * task.fps))
             step = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else float(1 / rate)
             held, end = frame, time + step
         if held is None:
@@ -211,6 +214,8 @@ def _read_audio(task: ConvertTask) -> list[tuple[float, NDArray[np.int16]]]:
         stream.codec_context.thread_count = 1
         for frame in container.decode(stream):
             time = float(frame.time) if frame.time is not None else heard
+            if form is not None and time < heard - AUDIO_GAP:
+                continue  # spliced recordings overlap; pictures that go back in time are left out as well
             if form is None or time > heard + AUDIO_GAP:
                 end_piece()
                 begun = heard = time
