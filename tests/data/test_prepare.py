@@ -1,0 +1,535 @@
+"""From a folder of videos to shards: every source in its place or skipped for a reason, whatever interrupts."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from rich.console import Console
+
+from tests.data.media import noise, numbered, write_video
+from xkd_fast.data.decode import ClipDecoder, DecodeRequest
+from xkd_fast.data.prepare import (
+    PLAN,
+    REPORT,
+    VIDEO_SUFFIXES,
+    PrepareOptions,
+    PrepareReport,
+    Source,
+    find_sources,
+    prepare,
+    shuffle,
+)
+from xkd_fast.data.shards import MANIFEST, ShardSet, index_path
+from xkd_fast.data.synthetic import SyntheticOptions, clip_path, render_clip, render_dataset
+from xkd_fast.errors import UserError
+
+SMALL = PrepareOptions(short_side=16, samples_per_shard=3, workers=1)
+BAD_UTF8 = os.fsdecode(b"\xff\xfe")
+
+
+def run(source: Path, destination: Path, options: PrepareOptions = SMALL) -> PrepareReport:
+    return prepare(source, destination, options, console=Console(file=io.StringIO()))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def report_rows(destination: Path) -> dict[str, dict[str, str]]:
+    """Rows of report.csv by source; a source listed twice is an error."""
+    with open(destination / REPORT, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["source"] for row in rows}) == len(rows)
+    return {row["source"]: row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One good video, and one of every kind that a folder may hold besides."""
+    folder = tmp_path_factory.mktemp("media")
+    write_video(folder / "good.mkv", [numbered(k, 24, 32) for k in range(15)], sound=noise(0.6))
+    write_video(folder / "mute.mkv", [numbered(k, 24, 32) for k in range(15)])
+    write_video(folder / "silent.mkv", [numbered(k, 24, 32) for k in range(15)], sound=np.zeros(9600, np.int16))
+    write_video(folder / "short.mkv", [numbered(k, 24, 32) for k in range(4)], sound=noise(0.6))
+    (folder / "text.mkv").write_text("no video")
+    return folder
+
+
+def place(media: Path, root: Path, names: dict[str, str]) -> Path:
+    """A source folder: path below it → which of the media lies there."""
+    for name, kind in names.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(media / f"{kind}.mkv", root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def mixed(media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 sources in three classes and the root, five of them bad."""
+    names = {f"{name}/{number}.mkv": "good" for name in ("bark", "moo", "purr") for number in range(5)}
+    names |= {
+        "bark/mute.mkv": "mute",
+        "moo/text.mkv": "text",
+        "purr/short.mkv": "short",
+        "silent.mkv": "silent",
+        "root.mkv": "good",
+    }
+    return place(media, tmp_path_factory.mktemp("mixed") / "videos", names)
+
+
+@pytest.fixture(scope="module")
+def prepared(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run that others are compared with."""
+    destination = tmp_path_factory.mktemp("prepared") / "shards"
+    run(mixed, destination)
+    return destination
+
+
+# ---------------------------------------------------------------------------------------------------------- what comes out
+
+
+def test_every_source_is_written_once_or_skipped_for_a_reason(mixed: Path, prepared: Path) -> None:
+    """Would catch sources lost or doubled at the borders of shards, wrong labels, and reasons mixed up with neighbours'."""
+    rows, shards = report_rows(prepared), ShardSet.open(prepared)
+    assert set(rows) == {str(path.relative_to(mixed)) for path in mixed.rglob("*.mkv")}
+    skipped = {name: row["reason"] for name, row in rows.items() if row["status"] == "skipped"}
+    assert skipped == {
+        "bark/mute.mkv": "no_audio",
+        "moo/text.mkv": "unreadable",
+        "purr/short.mkv": "too_short",
+        "silent.mkv": "silent_audio",
+    }
+    assert len(shards) == 16 and shards.classes == ["bark", "moo", "purr"]
+    seen = {}
+    for index in range(len(shards)):
+        details, record = shards.details(index), shards.record(index)
+        seen[details["source"]] = record.key
+        expected = details["source"].split("/")[0] if "/" in details["source"] else None
+        assert details["class"] == expected
+        assert record.label == (-1 if expected is None else shards.classes.index(expected))
+        assert (record.frames, record.samples, record.height, record.width) == (5, 10000, 16, 22)
+        assert (details["duration"], details["audio_offset"]) == (5 / 8, 0)
+        row = rows[details["source"]]
+        assert (row["key"], row["shard"], row["frames"]) == (record.key, Path(record.shard).name, "5")
+    assert set(seen) == set(rows) - set(skipped) and len(set(seen.values())) == 16
+    assert list(shards.verify()) == []
+
+
+def test_manifest_tells_what_was_done(prepared: Path) -> None:
+    """Would catch counts that do not add up, and options that are not noted: nobody could tell later what a set holds."""
+    manifest = json.loads((prepared / MANIFEST).read_text())
+    assert manifest["samples"] == 16 == sum(entry["samples"] for entry in manifest["shards"])
+    assert manifest["skipped"] == {"no_audio": 1, "silent_audio": 1, "too_short": 1, "unreadable": 1}
+    assert (manifest["codec"], manifest["fps"], manifest["short_side"], manifest["sample_rate"]) == ("mjpeg", 8.0, 16, 16000)
+    assert manifest["options"] == SMALL.content() and manifest["options"]["quality"] == 4
+    assert {entry["name"] for entry in manifest["shards"]} == {path.name for path in prepared.glob("*.tar")}
+    assert len(manifest["shards"]) == 7
+
+
+def test_the_report_of_a_call(mixed: Path, prepared: Path, tmp_path: Path) -> None:
+    """Would catch a second call that converts everything again, and one that reports the work of the first as its own."""
+    first = run(mixed, tmp_path / "shards")
+    assert (first.written, first.sources, first.shards, first.converted_now) == (16, 20, 7, 20)
+    assert first.skipped == Counter(no_audio=1, silent_audio=1, too_short=1, unreadable=1)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").glob("*.tar")}
+    second = run(mixed, tmp_path / "shards")
+    assert (second.written, second.converted_now, second.skipped) == (16, 0, first.skipped)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").glob("*.tar")}
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_shards_do_not_depend_on_the_number_of_workers(mixed: Path, prepared: Path, tmp_path: Path, workers: int) -> None:
+    """Would catch samples stored in the order in which they happen to be ready."""
+    options = PrepareOptions(short_side=16, samples_per_shard=3, workers=workers)
+    run(mixed, tmp_path / "shards", options)
+    assert contents(tmp_path / "shards") == contents(prepared)
+
+
+def test_shards_do_not_depend_on_where_the_source_lies(
+    mixed: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch a machine's paths in the shards, and a relative folder that is read from another place."""
+    monkeypatch.chdir(mixed)
+    run(Path("."), tmp_path / "shards")
+    assert contents(tmp_path / "shards") == contents(prepared)
+
+
+def test_the_seed_moves_samples_between_shards(mixed: Path) -> None:
+    """Would catch shards of one class each, which a sequential reader would train on one after the other."""
+    sources = find_sources(mixed)
+    first, again, other = shuffle(sources, 0), shuffle(sources[::-1], 0), shuffle(sources, 1)
+    assert first == again and first != other and sorted(first, key=lambda s: s.name) == sources
+    many = shuffle([Source(f"{name}/{k}.mp4", name) for name in "abcd" for k in range(100)], 0)
+    for start in range(0, 400, 50):
+        assert min(Counter(source.class_name for source in many[start : start + 50]).values()) >= 4
+
+
+# ------------------------------------------------------------------------------------------------------------------- names
+
+
+def test_names_of_every_kind(media: Path, tmp_path: Path) -> None:
+    """Would catch names that break the table, the index or the run: other alphabets, line breaks, commas, bad UTF-8."""
+    names = [
+        "ö/鳥 – птица.mkv",
+        'new\nline/a,"b".mkv',
+        f"{BAD_UTF8}/{BAD_UTF8}.mkv",
+        "[bold]/%03d.mkv",
+        "plain/-v.mkv",
+        " .mkv",
+    ]
+    source = place(media, tmp_path / "videos", dict.fromkeys(names, "good"))
+    assert run(source, tmp_path / "[/red]").written == len(names)
+    rows, shards = report_rows(tmp_path / "[/red]"), ShardSet.open(tmp_path / "[/red]")
+    shown = {name.encode("utf-8", "backslashreplace").decode() for name in names}
+    assert set(rows) == shown and all(row["status"] == "written" for row in rows.values())
+    assert {shards.details(index)["source"] for index in range(len(shards))} == set(names)
+    assert shards.classes == sorted(name.split("/")[0] for name in names if "/" in name)
+    for index in range(len(shards)):
+        folder, _, rest = shards.details(index)["source"].partition("/")
+        assert shards.labels[index] == (shards.classes.index(folder) if rest else -1)
+
+
+def test_which_files_count(media: Path, tmp_path: Path) -> None:
+    """Would catch endings in capitals left out, hidden and other files taken in, and classes named by the deepest folder."""
+    names = ["a/ONE.MKV", "a/b/c/two.Mp4", "three.webm", ".hidden.mkv", "a/._one.mkv", ".trash/four.mkv", "a/note.txt", "a/mkv"]
+    source = place(media, tmp_path / "videos", dict.fromkeys(names, "good"))
+    (source / "folder.mp4").mkdir()
+    assert find_sources(source) == [Source("a/ONE.MKV", "a"), Source("a/b/c/two.Mp4", "a"), Source("three.webm", None)]
+    assert {".mp4", ".webm", ".mkv", ".avi", ".mov"} <= VIDEO_SUFFIXES
+
+
+def test_links(media: Path, tmp_path: Path) -> None:
+    """Would catch linked videos or classes left out, a loop walked for ever, and a dead link that ends the run."""
+    source = place(media, tmp_path / "videos", {"a/one.mkv": "good"})
+    place(media, tmp_path / "elsewhere", {"two.mkv": "good"})
+    (source / "b").symlink_to(tmp_path / "elsewhere")
+    (source / "a" / "three.mkv").symlink_to(source / "a" / "one.mkv")
+    (source / "a" / "dead.mkv").symlink_to("nowhere.mkv")
+    (source / "a" / "itself.mkv").symlink_to("itself.mkv")
+    (source / "itself").symlink_to("itself")
+    for number in range(8):  # 8 ways down at each of 40 levels, if nothing stops it
+        (source / "a" / f"loop{number}").symlink_to(source)
+    started = time.monotonic()
+    assert run(source, tmp_path / "shards").written == 3
+    assert time.monotonic() - started < 30
+    rows = report_rows(tmp_path / "shards")
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "a/one.mkv": "written",
+        "a/three.mkv": "written",
+        "b/two.mkv": "written",
+        "a/dead.mkv": "skipped",
+        "a/itself.mkv": "skipped",
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- wrong input
+
+
+def test_wrong_sources(media: Path, tmp_path: Path) -> None:
+    """Would catch an empty shard set made of a mistyped folder."""
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        run(tmp_path / "nowhere", tmp_path / "shards")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty holds no video; files with one of these endings count: .*\.mp4"):
+        run(tmp_path / "empty", tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+
+
+def test_no_video_that_can_be_used(media: Path, tmp_path: Path) -> None:
+    """Would catch an empty set that counts as prepared."""
+    source = place(media, tmp_path / "videos", {"a/1.mkv": "text", "a/2.mkv": "mute", "a/3.mkv": "text"})
+    for _ in range(2):
+        with pytest.raises(UserError, match="none of 3 videos could be used: 2 unreadable, 1 no_audio; see .*report.csv"):
+            run(source, tmp_path / "shards")
+        assert not (tmp_path / "shards" / MANIFEST).exists()
+    assert {row["reason"] for row in report_rows(tmp_path / "shards").values()} == {"unreadable", "no_audio"}
+
+
+def test_a_destination_of_somebody_else(media: Path, tmp_path: Path) -> None:
+    """Would catch shards strewn among other files."""
+    source = place(media, tmp_path / "videos", {"a/1.mkv": "good"})
+    with pytest.raises(UserError, match="videos holds files that are not shards of prepare; choose an empty or a new folder"):
+        run(source, source)
+    assert sorted(path.name for path in source.iterdir()) == ["a"]
+    with pytest.raises(UserError, match=r"1\.mkv is a file; name a folder"):
+        run(source, source / "a" / "1.mkv")
+    with pytest.raises(UserError, match=r"preparing .* failed: Not a directory"):
+        run(source, source / "a" / "1.mkv" / "shards")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"fps": 4.0}, "was prepared with fps = 8.0, this call asks for 4.0; choose another folder, or delete this one"),
+        ({"short_side": 32}, "short_side = 16, this call asks for 32"),
+        ({"quality": 5}, "quality = 4, this call asks for 5"),
+        ({"codec": "h264"}, "codec = mjpeg, this call asks for h264"),
+        ({"samples_per_shard": 4}, "samples_per_shard = 3, this call asks for 4"),
+        ({"seed": 1}, "seed = 0, this call asks for 1"),
+    ],
+)
+def test_other_options_are_refused(mixed: Path, prepared: Path, change: dict[str, Any], words: str) -> None:
+    """Would catch one folder with shards of two kinds."""
+    before = contents(prepared)
+    with pytest.raises(UserError, match=words):
+        run(mixed, prepared, PrepareOptions(**{**SMALL.content(), "workers": 1, **change}))
+    assert contents(prepared) == before
+
+
+def test_other_sources_are_refused(media: Path, tmp_path: Path) -> None:
+    """Would catch a folder continued with other videos: labels and shards of the first half would no longer be right."""
+    source = place(media, tmp_path / "videos", {"a/1.mkv": "good", "b/2.mkv": "good"})
+    run(source, tmp_path / "shards")
+    os.rename(source / "b", source / "c")
+    with pytest.raises(UserError, match="was prepared from 2 videos, and the source folder now holds 2 or others"):
+        run(source, tmp_path / "shards")
+    place(media, source, {"a/3.mkv": "good"})
+    with pytest.raises(UserError, match="now holds 3 or others"):
+        run(source, tmp_path / "shards")
+
+
+@pytest.mark.parametrize("plan", ["[]", "{", "{}", '{"format": 1}', '{"format": 1, "options": 3}', '{"format": 9}'])
+def test_a_damaged_plan_is_refused(mixed: Path, tmp_path: Path, plan: str) -> None:
+    """Would catch a traceback, or a run that goes on with another's shards."""
+    (tmp_path / PLAN).write_text(plan)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        run(mixed, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"codec": "vp9"}, "codec = 'vp9' must be mjpeg or h264"),
+        ({"fps": 0.0}, "fps = 0.0 must lie in 0.1-240"),
+        ({"fps": float("nan")}, "fps = nan"),
+        ({"short_side": 127}, "short_side = 127 must be an even number"),
+        ({"sample_rate": 0}, "sample_rate = 0"),
+        ({"min_seconds": -1}, "min_seconds = -1"),
+        ({"quality": 1}, "quality = 1 must lie in 2-31 for mjpeg"),
+        ({"quality": 52, "codec": "h264"}, "quality = 52 must lie in 0-51 for h264"),
+        ({"samples_per_shard": 0}, "samples_per_shard = 0"),
+        ({"workers": -1}, "workers = -1"),
+        ({"seconds_per_file": float("inf")}, "seconds_per_file = inf"),
+    ],
+)
+def test_wrong_options_are_named(change: dict[str, Any], words: str) -> None:
+    """Would catch a wrong value that fails, or does harm, an hour later."""
+    with pytest.raises(ValueError, match=words):
+        PrepareOptions(**change)
+
+
+# ----------------------------------------------------------------------------------------------------------- interruptions
+
+
+SCRIPT = """
+import sys
+from xkd_fast.data.prepare import PrepareOptions, prepare
+prepare(sys.argv[1], sys.argv[2], PrepareOptions(short_side=16, samples_per_shard=3, workers=1))
+"""
+
+
+def kill_when(source: Path, destination: Path, condition: Callable[[], bool]) -> None:
+    """Start a prepare and kill it as soon as the condition holds."""
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, source, destination], stdout=subprocess.DEVNULL)
+    while not condition() and process.poll() is None:
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
+
+
+def test_killed_at_three_moments_it_ends_with_the_same_files(mixed: Path, prepared: Path, tmp_path: Path) -> None:
+    """Would catch half a shard that counts, a finished one done again, and remains of what was cut off."""
+    shards = tmp_path / "shards"
+    kill_when(mixed, shards, lambda: (shards / PLAN).exists())
+    assert not list(shards.glob("*.tar"))
+    kill_when(mixed, shards, lambda: (shards / ".shard-000001.tar.partial").exists())
+    first = shards / "shard-000000.tar"
+    written = first.stat().st_mtime_ns
+    kill_when(mixed, shards, lambda: (shards / "shard-000004.tar").exists())
+    assert not (shards / MANIFEST).exists()
+    with pytest.raises(UserError, match="an interrupted prepare goes on when it is called again"):
+        ShardSet.open(shards)
+    report = run(mixed, shards)
+    assert 0 < report.converted_now < 20
+    assert first.stat().st_mtime_ns == written
+    assert contents(shards) == contents(prepared)
+
+
+def test_cut_off_before_its_plan_was_written(mixed: Path, prepared: Path, tmp_path: Path) -> None:
+    """Would catch a folder refused for ever because a kill left the plan's first half in it."""
+    (tmp_path / f".{PLAN}.partial").write_text("{")
+    run(mixed, tmp_path)
+    assert contents(tmp_path) == contents(prepared)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tar: tar.unlink(),
+        lambda tar: os.truncate(tar, 1000),
+        lambda tar: index_path(tar).unlink(),
+        lambda tar: os.truncate(index_path(tar), 100),
+    ],
+    ids=["no tar", "half a tar", "no index", "half an index"],
+)
+def test_a_shard_that_went_missing_is_made_again(
+    mixed: Path, prepared: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """Would catch a set that no call mends: reading says to prepare again, and preparing finds nothing to do."""
+    shutil.copytree(prepared, tmp_path / "shards")
+    damage(tmp_path / "shards" / "shard-000002.tar")
+    assert run(mixed, tmp_path / "shards").converted_now == 3
+    assert contents(tmp_path / "shards") == contents(prepared)
+
+
+def test_two_at_once(mixed: Path, tmp_path: Path) -> None:
+    """Would catch two runs that write into each other's shards."""
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=f"another prepare is writing to {tmp_path}; wait for it"):
+            run(mixed, tmp_path)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        os.close(descriptor)
+
+
+def test_a_full_disk_is_told_and_mended(mixed: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a traceback, a broken shard left behind, and a run that cannot go on."""
+    calls = 0
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"preparing .* failed: No space left on device; call again to go on"):
+        run(mixed, tmp_path / "shards")
+    monkeypatch.undo()
+    assert 0 < run(mixed, tmp_path / "shards").converted_now < 20
+    assert contents(tmp_path / "shards") == contents(prepared)
+
+
+def test_a_source_that_hangs_is_skipped(mixed: Path, prepared: Path, tmp_path: Path) -> None:
+    """Would catch one bad file that holds up the other hundred thousand, and the neighbours' results lost with it."""
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    (hooks / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "if 'xkd_fast.data.convert:convert' in sys.argv:\n"
+        "    import os, xkd_fast.data.convert as convert\n"
+        "    original = convert._convert\n"
+        "    def slow(task):\n"
+        "        if task.path.endswith('moo/3.mkv'): time.sleep(1000)\n"
+        "        if task.path.endswith('purr/2.mkv'): os.abort()\n"
+        "        return original(task)\n"
+        "    convert._convert = slow\n"
+    )
+    options = PrepareOptions(**{**SMALL.content(), "workers": 2, "seconds_per_file": 4.0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(hooks))
+        report = run(mixed, tmp_path / "shards", options)
+    assert report.skipped == Counter(timed_out=1, crashed=1, no_audio=1, silent_audio=1, too_short=1, unreadable=1)
+    rows, usual = report_rows(tmp_path / "shards"), report_rows(prepared)
+    assert (rows["moo/3.mkv"]["reason"], rows["purr/2.mkv"]["reason"]) == ("timed_out", "crashed")
+    assert "SIGABRT" in rows["purr/2.mkv"]["detail"]
+    for name in set(rows) - {"moo/3.mkv", "purr/2.mkv"}:
+        assert rows[name] == usual[name]
+
+
+# --------------------------------------------------------------------------------------------------------- picture and sound
+
+
+def decode_all(shards: ShardSet) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.float32]]]:
+    """Every sample's frames and sound as training decodes them, by source."""
+    decoder, decoded = ClipDecoder(batch_size=1, threads=1), {}
+    for index in range(len(shards)):
+        sample = shards.read(index)
+        (clip,) = decoder([DecodeRequest(sample.key, sample.video, sample.audio, 0, int(shards.frames[index]))])
+        decoded[shards.details(index)["source"]] = (clip.frames.numpy(), clip.waveform.numpy())
+    return decoded
+
+
+def sudden(waveform: NDArray[np.float32], rate: int) -> NDArray[np.float64]:
+    """When a sound sets in after quiet, seconds: 5 ms that are 20 times as strong as each of the three before."""
+    window = rate // 200
+    power = (waveform[: len(waveform) // window * window].astype(float).reshape(-1, window) ** 2).mean(1)
+    found = [k for k in range(3, len(power)) if power[k] > max(0.01 * power.max(), 20 * power[k - 3 : k].max())]
+    return np.array(found) * window / rate
+
+
+def test_impacts_are_still_heard_when_they_are_seen(tmp_path: Path) -> None:
+    """Would catch a delay of H.264, AAC, MJPEG, FLAC or the decoders that parts sound from picture on the way to training."""
+    clean = SyntheticOptions(
+        clips_per_class=2, classes=("bounce",), seconds=(3.0, 3.5), background=0, video_noise=0, audio_noise=0, distractors=0
+    )
+    render_dataset(tmp_path / "videos", clean)
+    run(tmp_path / "videos", tmp_path / "shards", PrepareOptions(fps=16.0, short_side=96, workers=1))
+    decoded = decode_all(ShardSet.open(tmp_path / "shards"))
+    for index in range(2):
+        clip = render_clip("bounce", index, clean)
+        frames, waveform = decoded[str(clip_path("", "bounce", index))]
+        assert len(frames) == len(clip.frames) and len(waveform) == len(clip.waveform)
+        assert np.abs(frames.astype(float) - clip.frames).mean() < 6
+        moving = np.abs(frames - np.median(frames, axis=0)).sum(-1) > 60
+        rows = (moving * np.arange(frames.shape[1])[:, None]).sum((1, 2)) / moving.sum((1, 2))
+        lowest = np.array([k for k in range(1, len(rows) - 1) if rows[k] >= max(rows[k - 1], rows[k + 1])]) / 16
+        heard = [time for time in sudden(waveform, 16000) if 2 / 16 < time < (len(frames) - 2) / 16]
+        assert len(heard) >= 2
+        for time_heard in heard:
+            assert np.abs(clip.events - time_heard).min() < 0.01
+            assert np.abs(lowest - time_heard).min() <= 1 / 16 + 0.005
+
+
+def test_h264_shards_hold_the_same_samples(media: Path, tmp_path: Path) -> None:
+    """Would catch the other codec's branch broken: its files, its members' names, its frames."""
+    source = place(media, tmp_path / "videos", {"a/1.mkv": "good"})
+    run(source, tmp_path / "shards", PrepareOptions(codec="h264", short_side=16, workers=1))
+    shards = ShardSet.open(tmp_path / "shards")
+    assert shards.codec == "h264" and shards.read(0).video[4:8].tobytes() == b"ftyp"
+    assert shards.record(0).frames == 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("XKD_TEST_MEDIA"), reason="XKD_TEST_MEDIA names no folder of real media")
+def test_real_media(tmp_path: Path) -> None:
+    """Would catch a kind of file from the wild that is refused, or that should be and is not."""
+    root = Path(os.environ["XKD_TEST_MEDIA"])
+    (tmp_path / "videos").mkdir()
+    for folder in ("odd", "video"):
+        (tmp_path / "videos" / folder).symlink_to(root / folder)
+    run(tmp_path / "videos", tmp_path / "shards", PrepareOptions(workers=2))
+    rows = report_rows(tmp_path / "shards")
+    expected = {name: "unreadable" for name in rows if name.startswith("odd/bad_")}
+    expected |= {"odd/bad_truncated.webm": "truncated", "odd/no_audio.mp4": "no_audio", "odd/audio_only.m4a": "no_video"}
+    expected |= {"video/flower.webm": "silent_audio", "video/stream-of-water-audioless.webm": "silent_audio"}
+    assert {name: row["reason"] for name, row in rows.items() if row["status"] == "skipped"} == expected
+    decoded = decode_all(ShardSet.open(tmp_path / "shards"))
+    assert len(decoded) == len(rows) - len(expected) >= 30
+    for name, (frames, waveform) in decoded.items():
+        assert min(frames.shape[1:3]) == 128 and len(waveform) == round(len(frames) / 8 * 16000), name
+        assert frames.std() > 5 and np.abs(waveform).max() > 1e-3, name
+    late, early = decoded["odd/audio_starts_1p5s_late.mp4"][1], decoded["odd/audio_shorter_2s_of_6s.mp4"][1]
+    assert not late[: 16000 + 7000].any() and late[16000 + 9000 :].any()
+    assert early[: 2 * 16000].any() and not early[2 * 16000 + 2048 :].any()
+    assert decoded["odd/portrait_270x480_25fps_aac44k_mono.mp4"][0].shape[1:3] == (228, 128)
