@@ -108,6 +108,6 @@ class LogMel:
         # mirrored about the end samples; F.pad(mode="reflect") takes several times as long
         padded = torch.cat([waveform[:, 1 : half + 1].flip(1), waveform, waveform[:, -half - 1 : -1].flip(1)], 1)
         windows = padded.unfold(-1, mel.n_fft, mel.hop)[:, :frames]  # [batch, frames, n_fft], a view
-        spectrum = torch.fft.rfft(windows * self.window)  # these lines: 0.9 ms a clip of 4 s; torch.stft: 2.7 ms (one Xeon core)
+        spectrum = torch.fft.rfft(windows * self.window)  # with the framing 0.9 ms for 4 s, torch.stft 2.7 (one Xeon core)
         power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
         return (self.filterbank @ power.transpose(1, 2)).add_(LOG_FLOOR).log_().sub_(mel.mean).div_(mel.std)
