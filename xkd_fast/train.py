@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from xkd_fast.config import Config, load_config, render_config
 from xkd_fast.errors import UserError
+from xkd_fast.files import write_aside
 
 if TYPE_CHECKING:
     from xkd_fast.data.pipeline import ViewPipeline
@@ -164,9 +165,7 @@ def make_ready(config: Config) -> None:
     ensure_rendered(config, Console(), workers=os.cpu_count() or 1)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    aside = output / "config.yaml.partial"
-    aside.write_text(render_config(config), encoding="utf-8")
-    os.replace(aside, output / "config.yaml")
+    write_aside(output / "config.yaml", render_config(config).encode())
 
 
 def describe(config: Config, device: Any, world_size: int, pipeline: ViewPipeline, schedule: Any, resumed: Path | None) -> str:

@@ -14,8 +14,7 @@ each, without prefix (XKD.md section 11); a full released state has the prefixes
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from xkd_fast.errors import UserError
+from xkd_fast.files import replace_with
 
 State = dict[str, Tensor]
 
@@ -190,13 +190,13 @@ def write_released_encoder(state: Mapping[str, Tensor], path: str | Path, owner:
     if not encoder:
         raise UserError(f"the state holds no tensor named {ours}…, so {owner} cannot be written")
     contents = {name.removeprefix(prefix): tensor.detach().cpu().clone() for name, tensor in encoder.items()}
-    _write_aside(Path(path), lambda temporary: torch.save(contents, temporary))
+    _replace(Path(path), lambda temporary: torch.save(contents, temporary))
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a state in our names; shared tensors are written under each of their names. Replaces ``path`` in one step."""
     contents = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    _write_aside(Path(path), lambda temporary: save_file(contents, temporary, dict(metadata or {})))
+    _replace(Path(path), lambda temporary: save_file(contents, temporary, dict(metadata or {})))
 
 
 def read_safetensors(path: str | Path) -> State:
@@ -211,18 +211,6 @@ def read_safetensors(path: str | Path) -> State:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def _write_aside(path: Path, write: Any) -> None:
-    """Write to a neighbour file, flush it to disk, and rename: ``path`` is either the old file or the whole new one."""
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors makes its files private, whatever the umask
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    replace_with(path, write)

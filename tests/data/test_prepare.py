@@ -255,7 +255,7 @@ def test_no_video_that_can_be_used(media: Path, tmp_path: Path) -> None:
     """Would catch an empty set that counts as prepared."""
     source = place(media, tmp_path / "videos", {"a/1.mkv": "text", "a/2.mkv": "mute", "a/3.mkv": "text"})
     for _ in range(2):
-        with pytest.raises(UserError, match="none of 3 videos could be used: 2 unreadable, 1 no_audio; see .*report.csv"):
+        with pytest.raises(UserError, match=r"none of 3 videos could be used: 2 unreadable, 1 no_audio; see .*report\.csv"):
             run(source, tmp_path / "shards")
         assert not (tmp_path / "shards" / MANIFEST).exists()
     assert {row["reason"] for row in report_rows(tmp_path / "shards").values()} == {"unreadable", "no_audio"}

@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xkd_fast.data import shards as shards_module
-from xkd_fast.data.shards import FORMAT, MANIFEST, CorruptSampleError, NewSample, ShardSet, ShardWriter, index_path, write_aside
+from xkd_fast.data.shards import FORMAT, MANIFEST, CorruptSampleError, NewSample, ShardSet, ShardWriter, index_path
 from xkd_fast.errors import UserError
+from xkd_fast.files import write_aside
 
 CLASSES = ["bounce", "flash", "orbit"]
 

@@ -11,7 +11,6 @@ import html
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from xkd_fast.errors import UserError
+from xkd_fast.files import write_aside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -225,9 +225,4 @@ def write_report(path: Path, title: str, sections: Sequence[Section]) -> None:
     )
     page += f"</head><body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".html.partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    write_aside(path, page.encode())

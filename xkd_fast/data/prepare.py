@@ -27,9 +27,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from xkd_fast.data.convert import Converted, ConvertTask, Skipped
-from xkd_fast.data.shards import FORMAT, MANIFEST, NewSample, ShardWriter, aside, index_path, read_json, write_aside
+from xkd_fast.data.shards import FORMAT, MANIFEST, NewSample, ShardWriter, index_path, read_json
 from xkd_fast.data.workers import PAUSE, Outcome, require_workers, run_tasks
 from xkd_fast.errors import UserError
+from xkd_fast.files import aside, write_aside
 from xkd_fast.model.options import FORBID_EXTRA, option, require
 
 VIDEO_SUFFIXES = frozenset(

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xkd_fast.errors import UserError
+from xkd_fast.files import aside, write_aside
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -71,20 +72,6 @@ class NewSample:
     height: int
     width: int
     details: dict[str, Any] = field(default_factory=dict)  # also in KEY.json: source, class, duration, …
-
-
-def aside(path: Path) -> Path:
-    """Where a file is written until it is whole."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def write_aside(path: Path, data: bytes) -> None:
-    """Write a file so that ``path`` is either the old one or the whole new one, on disk."""
-    with open(aside(path), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside(path), path)
 
 
 def index_path(tar: Path) -> Path:

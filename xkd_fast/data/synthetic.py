@@ -25,6 +25,7 @@ import numpy as np
 
 from xkd_fast.data.workers import Outcome, require_workers, run_tasks
 from xkd_fast.errors import UserError
+from xkd_fast.files import write_aside
 from xkd_fast.model.options import FORBID_EXTRA, option, require
 
 CLASSES = ("bounce", "collide", "flash", "orbit", "pendulum", "pulse", "ricochet", "slide")
@@ -564,8 +565,11 @@ def _faint_sounds(scene: _Scene) -> np.ndarray:
 
 def _render_sound(scene: _Scene, event: _Event) -> np.ndarray:
     rng, options = scene.rng, scene.options
-    peak = 0.7 * 10 ** (-rng.uniform(0, 10) / 20)
-    sound = event.sound * (peak / max(float(np.abs(event.sound).max()), 1e-9))
+    # A random RMS level: at a random peak, loudness alone would tell hums from clicks.
+    level = 10 ** (-rng.uniform(20, 34) / 20)
+    sound = event.sound * (level / max(float(np.sqrt(np.mean(event.sound**2))), 1e-9))
+    sound *= min(1.0, 0.9 / float(np.abs(sound).max()))
+    peak = float(np.abs(sound).max())
     if rng.uniform() < options.distractors:
         sound = sound + rng.uniform(0.05, 0.2) * peak * _faint_sounds(scene)
     noise = _coloured_noise(rng, len(sound), rng.uniform(0, 2)) * 2 ** rng.uniform(-1.5, 1)
@@ -745,12 +749,7 @@ def render_dataset(
             (root / name).rmdir()
     if stored != wanted:
         root.mkdir(parents=True, exist_ok=True)
-        part = root / f".{DATASET_FILE}.part"
-        with open(part, "w", encoding="utf-8") as handle:
-            handle.write(json.dumps(wanted, indent=2) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(part, root / DATASET_FILE)
+        write_aside(root / DATASET_FILE, (json.dumps(wanted, indent=2) + "\n").encode())
     for name in options.classes:
         (root / name).mkdir(exist_ok=True)
     tasks = [(str(path), name, index, options) for path, (name, index) in planned.items() if not path.exists()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from xkd_fast.engine.engine import MODALITIES, Engine
 from xkd_fast.engine.schedule import Moment
 from xkd_fast.errors import UserError
+from xkd_fast.files import write_aside
 from xkd_fast.objective.losses import Losses
 
 if TYPE_CHECKING:
@@ -187,12 +187,7 @@ def keep_rows(path: Path, last_step: int) -> None:
             continue
         if row["step"] <= last_step:
             rows.append(line)
-    aside = path.with_suffix(".jsonl.partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    write_aside(path, "".join(line + "\n" for line in rows).encode())
 
 
 def start_wandb(directory: Path, config: Config) -> Any:

@@ -30,9 +30,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import LinearSVC
 
 from xkd_fast.data.pipeline import clips
-from xkd_fast.data.shards import ShardSet, write_aside
+from xkd_fast.data.shards import ShardSet
 from xkd_fast.errors import UserError
 from xkd_fast.evaluate.features import ClipFeatures, Role, TrainedModel, extract_features, load_model
+from xkd_fast.files import write_aside
 
 Features = Literal["video", "audio", "both"]
 MODALITIES: tuple[Features, ...] = get_args(Features)

@@ -1,0 +1,40 @@
+"""Writing files so that an interruption never destroys the last good one: beside it first, then on disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def aside(path: Path) -> Path:
+    """Where a file is written until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def write_aside(path: Path, data: bytes) -> None:
+    """Write a file so that ``path`` is either the old one or the whole new one, on disk. Its folder must exist."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    replace_with(path, write)
+
+
+def replace_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file under another name, then put it in the place of ``path`` in one step.
+
+    If ``write`` fails, ``path`` stays as it was and nothing is left over.
+    """
+    temporary = aside(path)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # some writers make their files private, whatever the umask
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
