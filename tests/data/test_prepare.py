@@ -81,15 +81,10 @@ def place(media: Path, root: Path, names: dict[str, str]) -> Path:
 
 @pytest.fixture(scope="module")
 def mixed(media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 sources in three classes and the root, five of them bad."""
+    """20 sources in three classes and the root, four of them bad."""
     names = {f"{name}/{number}.mkv": "good" for name in ("bark", "moo", "purr") for number in range(5)}
-    names |= {
-        "bark/mute.mkv": "mute",
-        "moo/text.mkv": "text",
-        "purr/short.mkv": "short",
-        "silent.mkv": "silent",
-        "root.mkv": "good",
-    }
+    names |= {"bark/mute.mkv": "mute", "moo/text.mkv": "text", "purr/short.mkv": "short", "silent.mkv": "silent"}
+    names["root.mkv"] = "good"
     return place(media, tmp_path_factory.mktemp("mixed") / "videos", names)
 
 

@@ -106,11 +106,11 @@ def test_a_bad_task_costs_only_itself(tasks_module: str) -> None:
 
 
 def test_many_tasks_on_few_workers(tasks_module: str) -> None:
-    """Would catch lost or doubled tasks, mixed-up answers, and a process per task."""
-    tasks = [("pid", None)] + [("value", k) for k in range(200)] + [("pid", None)]
+    """Would catch lost or doubled tasks, mixed-up answers, and a process for every task or every exception."""
+    tasks = [("pid", None), ("raise", 0)] + [("value", k) for k in range(200)] + [("pid", None)]
     found = by_index(run_tasks(tasks_module, tasks, workers=1, seconds=30))
-    assert [outcome.result for outcome in found.values()][1:-1] == list(range(200))
-    assert found[0].result == found[201].result != os.getpid()
+    assert [outcome.result for outcome in found.values()][2:-1] == list(range(200))
+    assert found[0].result == found[202].result != os.getpid()
 
 
 def test_no_tasks(tasks_module: str) -> None:
@@ -138,8 +138,8 @@ def test_the_start_of_a_worker_is_not_the_tasks_time(tasks_module: str, tmp_path
     """Would catch slow imports, from a network disk say, that make the first task of every worker time out."""
     module = tmp_path / "modules" / "slow_start.py"
     module.write_text("import time\ntime.sleep(1.5)\nfrom worker_tasks import work\n")
-    found = by_index(run_tasks("slow_start:work", [("value", 1), ("sleep", 1000)], workers=1, seconds=1.0))
-    assert [outcome.failure for outcome in found.values()] == [None, "timed_out"]
+    found = by_index(run_tasks("slow_start:work", [("value", 1), ("sleep", 1000), ("deaf", 1000)], workers=1, seconds=1.0))
+    assert [outcome.failure for outcome in found.values()] == [None, "timed_out", "timed_out"]
 
 
 def test_a_function_that_cannot_be_imported_is_told(tasks_module: str) -> None:
