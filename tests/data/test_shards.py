@@ -291,8 +291,15 @@ def test_labels_of_several_sets_are_of_one_list(tmp_path: Path) -> None:
 
 
 def open_descriptors(directory: Path) -> int:
-    places = (os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd"))
-    return sum(os.path.islink(place) and os.readlink(place).startswith(str(directory)) for place in places)
+    """How many files of a folder this process has open."""
+
+    def target(name: str) -> str:
+        try:
+            return os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # closed by another thread in the meantime
+            return ""
+
+    return sum(target(name).startswith(str(directory)) for name in os.listdir("/proc/self/fd"))
 
 
 def read_from_threads(path: Path, wanted: list[int], threads: int) -> tuple[bool, int, int]:
