@@ -294,10 +294,10 @@ def _ricochet(scene: _Scene) -> _Event:
 
 
 def _flash(scene: _Scene) -> _Event:
-    """An object that blinks; a beep while it is lit, higher for a smaller object."""
+    """An object overhead that blinks; a beep while it is lit, higher for a smaller object."""
     rng, rate = scene.rng, scene.options.sample_rate
     period, phase, duty = rng.uniform(0.45, 1.0), rng.uniform(), rng.uniform(0.35, 0.6)
-    x, y = _place(scene)
+    x, y = _place(scene, 0.0, 0.45)
     lit = (scene.frame_times / period + phase) % 1.0 < duty
     sounding = (scene.sample_times / period + phase) % 1.0 < duty
     tone = _tone(np.full(len(sounding), scene.pitch(250, 1000)), rate, _partials(rng))
@@ -307,10 +307,10 @@ def _flash(scene: _Scene) -> _Event:
 
 
 def _pulse(scene: _Scene) -> _Event:
-    """An object that grows and shrinks; the pitch of its tone glides inversely with its size."""
+    """An object near the ground that grows and shrinks; the pitch of its tone glides inversely with its size."""
     rng = scene.rng
     frequency, phase, depth = rng.uniform(0.5, 1.2), rng.uniform(), rng.uniform(0.4, 0.55)
-    x, y = _place(scene)
+    x, y = _place(scene, 0.55, 1.0)
 
     def size(t: np.ndarray) -> np.ndarray:
         return scene.size * (1 + depth * np.sin(2 * np.pi * (t * frequency + phase)))
@@ -358,11 +358,11 @@ def _pendulum(scene: _Scene) -> _Event:
 
 
 def _slide(scene: _Scene) -> _Event:
-    """An object that crosses the frame at constant speed and comes back in on the other side; its pitch follows its place."""
+    """An object on rails overhead that crosses the frame and comes back in on the other side; its pitch follows its place."""
     rng = scene.rng
     crossing, phase = rng.uniform(1.0, 2.0), rng.uniform()
     direction = rng.choice((-1.0, 1.0))
-    y = rng.uniform(scene.size + 0.05, 0.95 - scene.size)
+    y = rng.uniform(scene.size + 0.05, 0.5)
 
     def place(t: np.ndarray) -> np.ndarray:
         return (direction * t / crossing + phase) % 1.0  # 0 just out of sight on the left … 1 on the right
@@ -406,10 +406,11 @@ _RENDERERS: dict[str, Callable[[_Scene], _Event]] = {
 }
 
 
-def _place(scene: _Scene) -> tuple[float, float]:
-    """A random place for an object that stays where it is."""
+def _place(scene: _Scene, top: float, bottom: float) -> tuple[float, float]:
+    """A random place between two heights, 0 top and 1 bottom, for an object that stays where it is."""
     margin = 1.3 * scene.size
-    return scene.rng.uniform(margin, scene.aspect - margin), scene.rng.uniform(margin, 1 - margin)
+    y = scene.rng.uniform(top, bottom)
+    return scene.rng.uniform(margin, scene.aspect - margin), min(max(y, margin), 1 - margin)
 
 
 # -------------------------------------------------------------------------------------------------------------- picture
