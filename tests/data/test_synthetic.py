@@ -189,7 +189,7 @@ def test_clip_has_the_promised_form(name: str) -> None:
     assert (height, width, channels, clip.frames.dtype) == (32, 48, 3, np.uint8)
     assert 12 <= count <= 24
     assert clip.waveform.shape == (round(count * 22050 / 12),) and clip.waveform.dtype == np.float32
-    assert np.isfinite(clip.waveform).all() and 0.2 < np.abs(clip.waveform).max() <= 1
+    assert np.isfinite(clip.waveform).all() and 0.03 < np.abs(clip.waveform).max() <= 1
     assert ((clip.events >= 0) & (clip.events <= count / 12)).all()
     assert np.abs(np.diff(clip.frames.astype(int), axis=0)).max() > 60, "nothing moves"
 
@@ -218,8 +218,7 @@ def test_class_is_not_told_by_colour_or_loudness() -> None:
             labels.append(label)
     chance = 1 / len(CLASSES)
     assert cross_val_score(LinearDiscriminantAnalysis(), np.array(colours), labels, cv=5).mean() < chance + 0.1
-    # impacts are short and tones long, so loudness tells the two groups apart (0.35 measured), but not the classes of each
-    assert cross_val_score(LinearDiscriminantAnalysis(), np.array(levels), labels, cv=5).mean() < chance + 0.3
+    assert cross_val_score(LinearDiscriminantAnalysis(), np.array(levels), labels, cv=5).mean() < chance + 0.1
 
 
 def contents(root: Path) -> dict[str, bytes]:
