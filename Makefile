@@ -7,6 +7,10 @@
 #   JOBS=2               processes that run tests
 # On a machine without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA libraries.
 
+ifneq ($(words $(CURDIR)),1)
+$(error the path of this checkout holds spaces, which make cannot handle: move it, $(CURDIR))
+endif
+
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:

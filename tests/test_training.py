@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -125,6 +126,46 @@ def test_resuming_with_another_batch_is_one_clear_error(uninterrupted: tuple[Pat
     single = [sys.executable, *command(output, data, "--resume", "auto", "train.global_batch=4")[5:]]
     printed = run(single, code=2)
     assert "train.global_batch = 8" in printed and "Traceback" not in printed
+
+
+def test_a_fresh_run_in_a_used_folder_is_refused(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if a second run overwrites the first one's metrics, or prunes its own checkpoints beside the older, later ones."""
+    output, data, _ = uninterrupted
+    before = rows(output)
+    printed = run([sys.executable, *command(output, data)[5:]], code=2)
+    assert "--resume auto" in printed and "Traceback" not in printed
+    assert rows(output) == before
+
+
+def test_resuming_with_other_options_names_them(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if a run goes on with another learning rate unnoticed."""
+    output, data, _ = uninterrupted
+    more = ["--resume", "auto", "optimizer.lr=5.0", "log.every_steps=2"]
+    printed = run([sys.executable, *command(output, data, *more)[5:]], code=2)
+    assert "optimizer.lr = 0.008 (now 5.0)" in printed and "every_steps" not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["random-00000.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "model.safetensors"])
+def test_a_damaged_checkpoint_is_one_clear_error(uninterrupted: tuple[Path, Path, str], name: str) -> None:
+    """Red if a torn file gives a traceback, or is read as if it were whole."""
+    whole, data, _ = uninterrupted
+    output = whole.parent / "damaged"
+    shutil.rmtree(output, ignore_errors=True)
+    options = ["train.stop_after_steps=2", "train.global_batch=4", "train.micro_batch=4"]
+    run([sys.executable, *command(output, data, *options)[5:]])
+    (output / "checkpoints" / "step-00000002" / name).write_bytes(b"hello")
+    printed = run([sys.executable, *command(output, data, *options, "--resume", "auto")[5:]], code=2)
+    assert name.split(".")[0].split("-")[0] in printed or "damaged" in printed
+    assert "Traceback" not in printed
+
+
+def test_an_output_that_cannot_be_written_is_one_clear_error(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if it gives a traceback, or is found out after training."""
+    whole, data, _ = uninterrupted
+    (whole.parent / "file").write_text("")
+    printed = run([sys.executable, *command(whole.parent / "file" / "run", data)[5:]], code=2)
+    assert "cannot be written" in printed and "Traceback" not in printed
 
 
 def test_plain_python_trains_in_bfloat16(uninterrupted: tuple[Path, Path, str]) -> None:

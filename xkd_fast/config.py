@@ -102,7 +102,7 @@ class TrainOptions:
         1, "DeepSpeed ZeRO: 1 shares optimiser states between the ranks, 2 gradients too; 0 = off"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model lives; auto = a GPU where there is one")
-    threads: int = option(0, "torch threads per process; 0 = torch's choice")
+    threads: int = option(0, "torch threads per process; 0 = this machine's cores shared by its processes")
     stop_after_steps: int | None = option(
         None, "optimiser steps after which a run ends early, with all schedules as they are; null = off"
     )
@@ -218,7 +218,7 @@ class LogOptions:
     every_steps: int = option(10, "optimiser steps between two records of the metrics")
     tensorboard: bool = option(True, "write TensorBoard events; false = off")
     jsonl: bool = option(True, "write the metrics as JSON lines; false = off")
-    progress: bool = option(True, "show a progress bar on a terminal; false = off")
+    progress: bool = option(True, "tell how the run goes, with a progress bar on a terminal; false = print nothing but errors")
     wandb: bool = option(False, "send the metrics to Weights & Biases (needs the extra `wandb`); false = off")
 
     def __post_init__(self) -> None:

@@ -38,6 +38,13 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if config.data.demo is None:
         raise UserError(f"--config {args.config} has no data.demo section, so there is nothing to render; use the shipped demo")
+    if config.data.train:
+        raise UserError(
+            f"data.train = {list(config.data.train)}: the demo trains and evaluates on what it renders; leave it out"
+        )
+    if args.processes < 1:
+        raise UserError(f"--processes {args.processes} must be 1 or more")
+    config.train.accumulation(args.processes)
     console, start = Console(), time.perf_counter()
 
     def stage(title: str) -> None:

@@ -15,6 +15,7 @@ if __package__ in (None, ""):  # run as a file: import the package beside it, in
     sys.path[:1] = [str(root), str(root / "kernels")]
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line of the job; returns the exit code."""
     args = parse_arguments(arguments)
     try:
-        resume = [f"checkpoint.resume={args.resume}"] if args.resume else []
+        resume = [] if args.resume is None else [f"checkpoint.resume={json.dumps(args.resume)}"]
         config = load_config(args.config, [*args.overrides, *resume])
         if args.print_config:
             print(render_config(config), end="")
@@ -49,6 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
             train(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 
@@ -101,15 +107,21 @@ def run(config: Config, deepspeed: Any) -> None:
 
     world_size = dist.get_world_size()
     set_threads(config.train.threads)
+    checkpoints = Checkpoints.from_config(config)
+    path = checkpoints.resolve(config.checkpoint.resume)
+    if path is None and checkpoints.found():
+        raise UserError(
+            f"{config.output} holds checkpoints of an earlier run; go on with --resume auto, name another output, or delete it"
+        )
+    config.train.accumulation(world_size)  # refuses a batch that does not divide, before hours go into rendering
     first_rank_first(lambda: make_ready(config))
 
     pipeline = ViewPipeline.from_config(config, ShardSet.open(training_shards(config)), dist.get_rank(), world_size)
     schedule = Schedule(config, pipeline.sampler.steps_per_epoch)
     engine = Engine(build_model(config.model, seed=config.seed), config, deepspeed)
-    checkpoints = Checkpoints.from_config(config)
     state = TrainState.start(config, samples=len(pipeline.shards), world_size=world_size)
-    if (path := checkpoints.resolve(config.checkpoint.resume)) is not None:
-        state = checkpoints.load(engine, path, state)
+    if path is not None:
+        state = checkpoints.load(engine, path, state, config)
 
     last_step = min(schedule.total_steps, config.train.stop_after_steps or schedule.total_steps)
     stop = StopSignal()
@@ -125,11 +137,11 @@ def run(config: Config, deepspeed: Any) -> None:
                 reporter.add(losses, state.step + 1)
                 engine.step(moment)
             state = state.after_step()
-            if reporter.end_step(state.step, moment, pipeline.health, is_last=state.step == last_step):
+            if reporter.end_step(state.step, moment, pipeline.damage, is_last=state.step == last_step):
                 stop.agree(engine.device)
             if checkpoints.due(state.step) or state.step == last_step or stop.agreed:
                 reporter.check_finite()
-                reporter.say(f"checkpoint {checkpoints.save(engine, state, render_config(config))}")
+                reporter.say(f"checkpoint {checkpoints.save(engine, state, config)}")
 
 
 def timed(batches: Iterator[tuple[Views, MaskNoise]], reporter: Reporter) -> Iterator[tuple[Views, MaskNoise]]:
@@ -162,10 +174,14 @@ def make_ready(config: Config) -> None:
 
     from xkd_fast.data.rendered import ensure_rendered
 
-    ensure_rendered(config, Console(), workers=os.cpu_count() or 1)
+    if not config.data.train:
+        ensure_rendered(config, Console(), workers=os.cpu_count() or 1)
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_aside(output / "config.yaml", render_config(config).encode())
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_aside(output / "config.yaml", render_config(config).encode())
+    except OSError as error:
+        raise UserError(f"output = {output} cannot be written: {error.strerror}; name another folder") from error
 
 
 def describe(config: Config, device: Any, world_size: int, pipeline: ViewPipeline, schedule: Any, resumed: Path | None) -> str:

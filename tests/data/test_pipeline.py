@@ -297,7 +297,7 @@ def test_a_damaged_sample_is_replaced_the_same_way_on_every_run(shards: ShardSet
                     assert torch.equal(one, another[row])
         assert {(damaged.key, damaged.epoch) for damaged in pipeline.damaged} == {("clip4", 0), ("clip7", 0)}
         assert all("CRC" in damaged.reason and damaged.key in damaged.reason for damaged in pipeline.damaged)
-        assert pipeline.health()["damaged_samples"] == len(pipeline.damaged)
+        assert pipeline.damage() == pipeline.damaged and pipeline.damage() == []
         keys = [views.keys for views, _ in epoch_of(pipeline, 0)]
         assert keys == [[other.batch(0, step, micro)[0].keys[0] for micro in range(4)] for step in range(3)]
 

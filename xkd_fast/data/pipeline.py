@@ -204,6 +204,7 @@ class ViewPipeline:
         self.sampler = Sampler(len(shards), seed, micro_batch, accumulation, rank, world_size)
         self.shape = view_shape(data, model)
         self.damaged: list[DamagedSample] = []  # each occurrence, as met by this process
+        self._told = 0  # how many of them `damage` has given out
         self.device = torch.device(device)
         self._maker = ViewMaker(self.shape, augment, mel)
         self._decoder = ClipDecoder(micro_batch, data.threads)
@@ -232,9 +233,11 @@ class ViewPipeline:
         """How long consumers of `batches` have waited for data, seconds."""
         return self._waited_before + (self._prefetcher.wait_seconds if self._prefetcher else 0.0)
 
-    def health(self) -> dict[str, float]:
-        """What went wrong in this process, for the metrics."""
-        return {"damaged_samples": float(len(self.damaged))}
+    def damage(self) -> list[DamagedSample]:
+        """Samples found damaged by this process since the last call."""
+        new = self.damaged[self._told :]
+        self._told += len(new)
+        return new
 
     def batches(self, epoch: int = 0, step: int = 0) -> Iterator[tuple[Views, MaskNoise]]:
         """Micro-batches from ``step`` of ``epoch`` on, for ever, made ahead in the background.

@@ -1,15 +1,16 @@
 """Checkpoints: everything a run needs to go on exactly, written so that a crash never harms the last good one.
 
 ``checkpoints/step-00000120/`` holds DeepSpeed's files (trainable weights, optimiser shards), ``model.safetensors`` (the whole
-model in our state names: what evaluation reads), ``state.json`` (position in the data and the settings it depends on) and one
-file of random-number states per rank. A checkpoint is written in a directory whose name ends in ``.partial``, flushed to disk
-and renamed; only whole ones carry the plain name.
+model in our state names: what evaluation reads), ``state.json`` (position in the data and what it depends on),
+``options.json`` and one file of random-number states per rank. A checkpoint is written in a directory whose name ends in
+``.partial``, flushed to disk and renamed; only whole ones carry the plain name.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -17,18 +18,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from xkd_fast.config import Config, render_config
 from xkd_fast.engine.engine import Engine
 from xkd_fast.errors import UserError
 from xkd_fast.weights import read_safetensors, write_safetensors
-
-if TYPE_CHECKING:
-    from xkd_fast.config import Config
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -92,7 +91,7 @@ class Checkpoints:
             return []
         return sorted(path for path in self.directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
 
-    def save(self, engine: Engine, state: TrainState, config_text: str) -> Path:
+    def save(self, engine: Engine, state: TrainState, config: Config) -> Path:
         """Write a checkpoint; every rank takes part."""
         final = self.directory / f"step-{state.step:08d}"
         partial = self.directory / f"{final.name}.partial"
@@ -107,8 +106,9 @@ class Checkpoints:
         )
         torch.save(random_states(), partial / f"random-{dist.get_rank():05d}.pt")
         if is_first:
-            metadata = {"step": str(state.step), "config": config_text}
+            metadata = {"step": str(state.step), "config": render_config(config)}
             write_safetensors(engine.module.state_dict(), partial / "model.safetensors", metadata)
+            (partial / "options.json").write_text(json.dumps(config.as_dict(), indent=2), encoding="utf-8")
             (partial / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
         dist.barrier()
         if is_first:
@@ -117,8 +117,9 @@ class Checkpoints:
                 shutil.rmtree(final)
             os.replace(partial, final)
             flush_directory(self.directory)
-            for old in self.found()[: -self.keep] if self.keep else []:
-                shutil.rmtree(old)
+            older = [path for path in self.found() if path.name <= final.name]
+            for path in older[: -self.keep] if self.keep else []:
+                shutil.rmtree(path)
         dist.barrier()
         return final
 
@@ -142,34 +143,79 @@ class Checkpoints:
         return path
 
     @staticmethod
-    def load(engine: Engine, path: Path, current: TrainState) -> TrainState:
+    def load(engine: Engine, path: Path, current: TrainState, config: Config) -> TrainState:
         """Restore a checkpoint into ``engine``, which must be in the situation ``current`` describes but for the step.
 
         Raises:
-            UserError: if it is unreadable or was written by a run that differs.
+            UserError: if it is damaged, or was written by a run that differs in what decides its course.
         """
         state = read_state(path)
         state.check_same(current, path)
+        check_same_options(path, config)
         random_file = path / f"random-{dist.get_rank():05d}.pt"
-        if not random_file.is_file():
-            raise UserError(f"{path} lacks {random_file.name}; it is not a whole checkpoint")
         saved = read_safetensors(path / "model.safetensors")
-        with _names(path):
+        with _damage_named(path):
             loaded, _ = engine.deepspeed.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=False)
             if loaded is None:
-                raise UserError(f"{path} holds no DeepSpeed state that can be loaded")
+                raise FileNotFoundError("no DeepSpeed state in it")
             engine.module.load_state_dict(saved)
-        restore_random_states(torch.load(random_file, weights_only=True))
+            restore_random_states(torch.load(random_file, weights_only=True))
         return state
 
 
+# What may change between a run and its continuation without changing its course.
+FREE_OPTIONS = frozenset(
+    """output log checkpoint train.threads train.device train.stop_after_steps
+    data.threads data.prefetch data.demo data.train data.on_corrupt""".split()  # noqa: SIM905
+)
+
+
+def flat_options(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by dotted key, those of :data:`FREE_OPTIONS` left out."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        key = f"{prefix}{name}"
+        if key not in FREE_OPTIONS:
+            flat |= flat_options(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def check_same_options(path: Path, config: Config) -> None:
+    """Raise ``UserError`` naming every option in which this run differs from the checkpoint's."""
+    try:
+        saved = flat_options(json.loads((path / "options.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path / 'options.json'} cannot be read: {error}; is {path} a whole checkpoint?") from error
+    now = flat_options(config.as_dict())
+    different = [
+        f"{key} = {saved.get(key)} (now {now.get(key)})" for key in sorted(saved | now) if saved.get(key) != now.get(key)
+    ]
+    if different:
+        raise UserError(
+            f"{path} was written with {', '.join(different)}; resume with the same values, "
+            "or start a new run in another output folder"
+        )
+
+
 @contextmanager
-def _names(path: Path) -> Iterator[None]:
-    """Turn a mismatch of names or shapes into an error about the checkpoint."""
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged file makes its reader raise into an error about the checkpoint."""
     try:
         yield
-    except (RuntimeError, KeyError, ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} does not fit this model: {error}. Does the configuration's model section agree?") from error
+    except (
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        KeyError,
+        ValueError,
+        AttributeError,
+        AssertionError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{path} is damaged or incomplete ({type(error).__name__}: {reason}); resume from another one"
+        ) from error
 
 
 def read_state(path: Path) -> TrainState:
@@ -179,7 +225,11 @@ def read_state(path: Path) -> TrainState:
         UserError: if it is missing or malformed.
     """
     try:
-        return TrainState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+        state = TrainState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+        wrong = [name for name, value in asdict(state).items() if type(value) is not int or value < 0]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} must be whole numbers of 0 or more")
+        return state
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path / 'state.json'} cannot be read: {error}; is {path} a whole checkpoint?") from error
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from xkd_fast.engine.engine import Engine
@@ -16,6 +19,7 @@ from xkd_fast.objective.losses import Losses
 
 if TYPE_CHECKING:
     from xkd_fast.config import Config
+    from xkd_fast.data.pipeline import DamagedSample
 
 
 class Reporter:
@@ -26,7 +30,8 @@ class Reporter:
         self._every, self._steps_per_epoch = config.log.every_steps, schedule.steps_per_epoch
         self._engine, self._metrics = engine, StepMetrics(engine)
         self._speed = Speedometer(config.train.global_batch)
-        self._log = MetricLog(Path(config.output), config, resumed_at=step)
+        self._folder, self._damaged = Path(config.output), 0
+        self._log = MetricLog(self._folder, config, resumed_at=step)
         enabled = config.log.progress and dist.get_rank() == 0
         self._progress = TrainProgress(schedule.total_steps, step, enabled=enabled)
 
@@ -55,8 +60,10 @@ class Reporter:
         """Whether a row belongs after ``step`` steps."""
         return step % self._every == 0
 
-    def end_step(self, step: int, moment: Moment, extra: Callable[[], dict[str, float]], *, is_last: bool) -> bool:
+    def end_step(self, step: int, moment: Moment, damage: Callable[[], list[DamagedSample]], *, is_last: bool) -> bool:
         """Close step number ``step``; write a row where one is due. True where it was: this synchronised with the device.
+
+        ``damage`` gives the samples that this rank found damaged since it was last asked; they are listed and counted.
 
         Raises:
             NonFiniteLoss: naming the term, if one is NaN or infinite (found out at the logging cadence).
@@ -67,11 +74,23 @@ class Reporter:
         if is_due:
             self.check_finite()
             row = {"step": step, "epoch": step / self._steps_per_epoch, **self._metrics.report(), **self._speed.read()}
-            row |= moment_metrics(moment) | memory_metrics(self._engine.device) | extra()
+            row |= moment_metrics(moment) | memory_metrics(self._engine.device)
+            row["damaged_samples"] = self._list_damaged(damage())
             self._log.write(row)
             self._progress.show(row)
         self._metrics.end_step()
         return is_due
+
+    def _list_damaged(self, new: list[DamagedSample]) -> int:
+        """Append to this rank's list of damaged samples; returns how many all ranks have met so far."""
+        if new:
+            with (self._folder / f"damaged-{dist.get_rank():05d}.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(sample)) + "\n" for sample in new)
+            self.say(f"{len(new)} damaged samples replaced, such as {new[0].reason}; listed in {self._folder}/damaged-*.jsonl")
+        self._damaged += len(new)
+        total = torch.tensor(self._damaged, device=self._engine.device)
+        dist.all_reduce(total)
+        return int(total.item())
 
     def check_finite(self) -> None:
         """Raise :class:`NonFiniteLoss` if any loss so far was NaN or infinite."""

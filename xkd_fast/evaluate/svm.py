@@ -350,6 +350,8 @@ def evaluate_svm(options: SvmOptions, *, console: Console | None = None) -> SvmR
         UserError: an unusable checkpoint, data that do not fit it or hold nothing to tell apart, or a wrong option.
     """
     start = time.perf_counter()
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before the work
     trained = load_model(options.checkpoint, untrained=options.untrained)
     train, test, classes = train_and_test(options)
     for samples in (train, test):
@@ -458,7 +460,6 @@ def installed_versions() -> dict[str, str]:
 
 def write_report(report: SvmReport, path: Path) -> None:
     """Write the report as JSON, replacing ``path`` in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, json.dumps(asdict(report) | {"top1": report.top1}, indent=2).encode())
 
 
