@@ -138,8 +138,10 @@ def test_the_start_of_a_worker_is_not_the_tasks_time(tasks_module: str, tmp_path
     """Would catch slow imports, from a network disk say, that make the first task of every worker time out."""
     module = tmp_path / "modules" / "slow_start.py"
     module.write_text("import time\ntime.sleep(1.5)\nfrom worker_tasks import work\n")
+    started = time.monotonic()
     found = by_index(run_tasks("slow_start:work", [("value", 1), ("sleep", 1000), ("deaf", 1000)], workers=1, seconds=1.0))
     assert [outcome.failure for outcome in found.values()] == [None, "timed_out", "timed_out"]
+    assert time.monotonic() - started < 60, "nor is the time that a start may take the task's"
 
 
 def test_a_function_that_cannot_be_imported_is_told(tasks_module: str) -> None:
