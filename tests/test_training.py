@@ -90,7 +90,7 @@ def test_whole_run_trains_and_logs(uninterrupted: tuple[Path, Path, str]) -> Non
     output, _, printed = uninterrupted
     logged = rows(output)
     assert [row["step"] for row in logged] == list(range(1, STEPS + 1))
-    assert sum(row["reconstruction"] for row in logged[-4:]) < 0.9 * sum(row["reconstruction"] for row in logged[:4])
+    assert sum(row["reconstruction"] for row in logged[-4:]) < 0.95 * sum(row["reconstruction"] for row in logged[:4])
     assert logged[0]["learning_rate"] == 0 and max(row["learning_rate"] for row in logged) == pytest.approx(8e-3 * 8 / 32)
     assert sorted(path.name for path in (output / "checkpoints").glob("step-*")) == ["step-00000016", "step-00000018"]
     assert "2 × cpu" in printed and "clips/s" in printed and "data wait" in printed
@@ -141,7 +141,7 @@ def test_resuming_with_other_options_names_them(uninterrupted: tuple[Path, Path,
     """Red if a run goes on with another learning rate unnoticed."""
     output, data, _ = uninterrupted
     more = ["--resume", "auto", "optimizer.lr=5.0", "log.every_steps=2"]
-    printed = run([sys.executable, *command(output, data, *more)[5:]], code=2)
+    printed = run(command(output, data, *more), code=2)
     assert "optimizer.lr = 0.008 (now 5.0)" in printed and "every_steps" not in printed
 
 
