@@ -46,6 +46,9 @@ def render(result: dict[str, Any]) -> str:
     for modality in result["top1"]["pretrained"]:
         cells = [result["top1"][name][modality] for name in ("pretrained", "untrained")] + [result["chance"]]
         lines.append(f"| {modality} | " + " | ".join(f"{100 * cell:.1f}" for cell in cells) + " |")
+    behind = [m for m, accuracy in result["top1"]["pretrained"].items() if accuracy <= result["top1"]["untrained"][m]]
+    if behind:
+        lines += ["", f"A run this short does not improve {' and '.join(behind)} features yet."]
     share = f"{result['data_wait_share']:.0%} of the time waiting for data"
     speed = f"{result['steps']} steps at {result['clips_per_second']:.0f} clips/s (median), {share},"
     lines += ["", speed, f"on {result['device']}, torch {result['torch']} (`benchmarks/results/{NAME}.json`)."]
