@@ -189,10 +189,12 @@ def test_names_of_every_kind(media: Path, tmp_path: Path) -> None:
         " .mkv",
     ]
     source = place(media, tmp_path / "videos", dict.fromkeys(names, "good"))
-    assert run(source, tmp_path / "[/red]").written == len(names)
-    rows, shards = report_rows(tmp_path / "[/red]"), ShardSet.open(tmp_path / "[/red]")
-    shown = {name.encode("utf-8", "backslashreplace").decode() for name in names}
-    assert set(rows) == shown and all(row["status"] == "written" for row in rows.values())
+    shown = io.StringIO()
+    assert prepare(source, tmp_path / "[red]", SMALL, console=Console(file=shown, width=200)).written == len(names)
+    assert "preparing [red] " in shown.getvalue()
+    rows, shards = report_rows(tmp_path / "[red]"), ShardSet.open(tmp_path / "[red]")
+    assert set(rows) == {name.encode("utf-8", "backslashreplace").decode() for name in names}
+    assert {row["status"] for row in rows.values()} == {"written"}
     assert {shards.details(index)["source"] for index in range(len(shards))} == set(names)
     assert shards.classes == sorted(name.split("/")[0] for name in names if "/" in name)
     for index in range(len(shards)):
@@ -397,7 +399,7 @@ def test_two_at_once(mixed: Path, tmp_path: Path) -> None:
     """Would catch two runs that write into each other's shards."""
     descriptor = os.open(tmp_path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)  # even against that, prepare asks for the folder to itself
         with pytest.raises(UserError, match=f"another prepare is writing to {tmp_path}; wait for it"):
             run(mixed, tmp_path)
         assert list(tmp_path.iterdir()) == []
@@ -421,6 +423,7 @@ def test_a_full_disk_is_told_and_mended(mixed: Path, prepared: Path, tmp_path: P
     with pytest.raises(UserError, match=r"preparing .* failed: No space left on device; call again to go on"):
         run(mixed, tmp_path / "shards")
     monkeypatch.undo()
+    assert not list((tmp_path / "shards").glob(".*"))
     assert 0 < run(mixed, tmp_path / "shards").converted_now < 20
     assert contents(tmp_path / "shards") == contents(prepared)
 

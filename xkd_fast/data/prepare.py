@@ -281,10 +281,10 @@ def _prepare(
                         rows.append(row)
                         skipped += row["status"] == "skipped"
                         progress.update(bar, advance=1, note=f"{skipped} skipped" if skipped else "")
+                    writer.close({"report": rows})
                 except BaseException:
                     writer.abandon()
                     raise
-                writer.close({"report": rows})
     return _finish(destination, len(shards), classes, options, converted_now=len(sources) - done)
 
 
