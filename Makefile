@@ -27,6 +27,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 # DeepSpeed builds its CPU communication at first use and looks for ninja on the PATH.
 export PATH := $(BIN):$(PATH)
+# Its build belongs to this environment: environments that share one rebuild it in turns, and wait for each other's locks.
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
 # An environment of a moved checkout, or whose Python is gone, is not ready.
 $(shell [ "$$(cat $(STAMP) 2>&1)" = "$(CURDIR)" ] && [ -x $(BIN)/python ] || rm -f $(STAMP))
