@@ -13,7 +13,7 @@ from xkd_fast.engine.launch import free_port
 REPOSITORY = Path(__file__).parent.parent
 
 
-def run_ranks(arguments: Sequence[str], world_size: int, timeout: float = 300) -> None:
+def run_ranks(arguments: Sequence[str], world_size: int, timeout: float = 900) -> None:
     """Run ``python ARGUMENTS`` once per rank and wait; raises with the failing rank's output if one fails."""
     port = str(free_port())
     processes = []

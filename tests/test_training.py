@@ -50,7 +50,7 @@ def environment() -> dict[str, str]:
 
 def run(arguments: list[str], code: int = 0) -> str:
     """Run to the end; returns what was printed."""
-    done = subprocess.run(arguments, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=900)
     output = done.stdout + done.stderr
     assert done.returncode == code, output[-5000:]
     return output
@@ -67,7 +67,7 @@ def start_and_kill(arguments: list[str], output: Path, steps: int) -> None:
     """Start a run and SIGKILL the launcher and every rank once ``steps`` are logged."""
     with open(output.parent / "killed.log", "w") as log:
         launcher = subprocess.Popen(arguments, cwd=REPOSITORY, env=environment(), stdout=log, stderr=log)
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while len(rows(output)) < steps:
             assert launcher.poll() is None and time.monotonic() < deadline, (output.parent / "killed.log").read_text()[-4000:]
             time.sleep(0.02)
@@ -185,11 +185,11 @@ def test_sigterm_leaves_a_checkpoint_and_ends_well(uninterrupted: tuple[Path, Pa
     arguments = [sys.executable, *command(output, data, "checkpoint.every_steps=0", "train.epochs=50")[5:]]
     with open(whole.parent / "terminated.log", "w") as log:
         process = subprocess.Popen(arguments, cwd=REPOSITORY, env=environment(), stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while len(rows(output)) < 3:
             assert process.poll() is None and time.monotonic() < deadline, (whole.parent / "terminated.log").read_text()[-3000:]
             time.sleep(0.02)
         process.terminate()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=300) == 0
     (checkpoint,) = (output / "checkpoints").glob("step-*")
     assert int(checkpoint.name.removeprefix("step-")) == rows(output)[-1]["step"] < 300
