@@ -37,7 +37,7 @@ def collect(run: Path) -> dict[str, Any]:
 def render(result: dict[str, Any]) -> str:
     """The README's paragraph about a demo run."""
     lines = [
-        "What the demo prints in the end: top-1 accuracy, in per cent, of linear SVMs on the frozen features of",
+        "One run of the demo's configuration: top-1 accuracy, in per cent, of linear SVMs on the frozen features of",
         f"{result['samples']['test']} clips not seen in training, beside the same model at initialisation.",
         "",
         "| features | pretrained | untrained | chance |",
