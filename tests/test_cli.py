@@ -225,6 +225,23 @@ def test_doctor_prints_a_table_or_json(monkeypatch, capsys):
     assert "[odd]" in shown and "install [it]" in shown
 
 
+def test_doctor_reads_shards_through(tmp_path, capsys):
+    """Catches damage that goes unseen, and a check that stops at the first damaged sample."""
+    assert cli.main(["render", str(tmp_path / "videos"), "--clips-per-class", "1", "--seconds", "0.5", "0.6"]) == 0
+    assert cli.main(["prepare", str(tmp_path / "videos"), str(tmp_path / "shards"), "--min-seconds", "0.1"]) == 0
+    capsys.readouterr()
+    assert cli.main(["doctor", "--shards", str(tmp_path / "shards")]) == 0
+    assert "8 samples read, 0 damaged" in capsys.readouterr().out
+    tar = next((tmp_path / "shards").glob("*.tar"))
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 3], data[-len(data) // 3] = data[len(data) // 3] ^ 1, data[-len(data) // 3] ^ 1
+    tar.write_bytes(data)
+    assert cli.main(["doctor", "--json", "--shards", str(tmp_path / "shards")]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples"] == 8 and 1 <= len(found["damaged"]) <= 2
+    assert all(tar.name in reason for reasons in found["damaged"].values() for reason in reasons)
+
+
 @pytest.mark.slow
 def test_doctor_finds_what_the_tests_run_on():
     """Catches a look that misreads an installed package: here everything that training needs is installed."""

@@ -236,11 +236,15 @@ def doctor(arguments: list[str]) -> int:
     """Tell what this machine has of what XKD uses."""
     parser = _command_parser(
         "doctor",
-        "Tell what this machine has of what XKD uses, and what follows from what it lacks.",
-        "  xkd-fast doctor --json",
+        "Tell what this machine has of what XKD uses, and what follows from what it lacks; or read shards through and list the "
+        "samples whose bytes are not the ones that were written (exit code 1 where there are any).",
+        "  xkd-fast doctor --json\n  xkd-fast doctor --shards /data/k400/train /data/k400/test",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--shards", nargs="+", metavar="FOLDER", help="check the shards in these folders, not the machine")
     given = parser.parse_args(arguments)
+    if given.shards:
+        return _check_shards(given.shards, as_json=given.json)
     from xkd_fast.doctor import examine
 
     findings = examine()
@@ -262,6 +266,30 @@ def doctor(arguments: list[str]) -> int:
         table.add_row(escape(finding.name), f"[{colours[finding.status]}]{finding.status}[/]", escape(told))
     Console().print(table)
     return 0
+
+
+def _check_shards(folders: list[str], *, as_json: bool) -> int:
+    from rich.console import Console
+    from rich.progress import track
+
+    from xkd_fast.data.shards import ShardSet
+
+    shards = ShardSet.open(folders)
+    damaged: dict[str, list[str]] = {}
+    samples = track(range(len(shards)), "reading samples", console=Console(stderr=True))
+    for index in samples:
+        found = [str(error) for error in shards.damage(index)]
+        if found:
+            damaged[shards.keys[index]] = found
+    if as_json:
+        import json
+
+        print(json.dumps({"samples": len(shards), "damaged": damaged}, indent=2))
+    else:
+        for reason in (reason for reasons in damaged.values() for reason in reasons):
+            print(reason)
+        print(f"{len(shards)} samples read, {len(damaged)} damaged")
+    return 1 if damaged else 0
 
 
 def evaluate(arguments: list[str]) -> int:

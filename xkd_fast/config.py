@@ -33,7 +33,6 @@ from xkd_fast.errors import UserError
 from xkd_fast.model.options import FORBID_EXTRA, ModelOptions, option, require, section
 
 __all__ = [
-    "DEMO_CONFIG",
     "CheckpointOptions",
     "Config",
     "DataOptions",
@@ -445,9 +444,6 @@ def shipped_configs() -> Path:
     package = Path(__file__).resolve().parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
-
-
-DEMO_CONFIG = shipped_configs() / "demo.yaml"  # what the main job trains unless told otherwise
 
 
 def _find(path: str | Path, beside: Path) -> Path:

@@ -88,14 +88,30 @@ def pretrain(config: str, overrides: list[str], processes: int) -> None:
         raise UserError(f"training ended with exit code {code}; its message stands above. The command was: {' '.join(command)}")
 
 
+def finished_checkpoint(config: Config) -> Path:
+    """The checkpoint at the end of the run.
+
+    Raises:
+        UserError: if the run was stopped before its end.
+    """
+    from xkd_fast.engine.checkpoint import Checkpoints, read_state
+
+    checkpoint = Checkpoints.from_config(config).found()[-1]
+    state = read_state(checkpoint)
+    steps = config.train.epochs * state.steps_per_epoch
+    last = min(steps, config.train.stop_after_steps or steps)
+    if state.step < last:
+        raise UserError(f"training was stopped after {state.step} of {last} steps; the same command again goes on from there")
+    return checkpoint
+
+
 def evaluate(config: Config, console: Console) -> dict[str, SvmReport]:
     """SVM reports of the pretrained model and of the same model at initialisation."""
-    from xkd_fast.engine.checkpoint import Checkpoints
     from xkd_fast.evaluate.svm import SvmOptions, evaluate_svm
 
     assert config.data.demo is not None
     shards = Path(config.data.demo.shards)
-    checkpoint = Checkpoints.from_config(config).found()[-1]
+    checkpoint = finished_checkpoint(config)
     reports = {}
     for name, untrained in (("pretrained", False), ("untrained", True)):
         console.print(f"{name} model")
@@ -150,7 +166,6 @@ def pictures(config: Config) -> Section:
     from xkd_fast.analysis.report import reconstruction_section
     from xkd_fast.data.pipeline import clips
     from xkd_fast.data.shards import ShardSet
-    from xkd_fast.engine.checkpoint import Checkpoints
     from xkd_fast.evaluate.features import load_model
 
     assert config.data.demo is not None
@@ -158,7 +173,7 @@ def pictures(config: Config) -> Section:
     first_of_class = [int((shards.labels == label).argmax()) for label in range(len(shards.classes))][:SHOWN_CLIPS]
     options = (shards, config.model, config.augment, config.mel, config.data)
     batch = next(clips(*options, per_sample=1, batch_size=len(first_of_class), samples=first_of_class))
-    model = load_model(Checkpoints.from_config(config).found()[-1]).model.eval()
+    model = load_model(finished_checkpoint(config)).model.eval()
     torch.manual_seed(0)
     titles = [shards.classes[shards.labels[sample]] for sample in batch.samples]
     return reconstruction_section(config, model, batch.views, model.draw_masks(batch.views), titles)

@@ -108,6 +108,7 @@ def run(config: Config, deepspeed: Any) -> None:
     world_size = dist.get_world_size()
     set_threads(config.train.threads)
     checkpoints = Checkpoints.from_config(config)
+    first_rank_first(checkpoints.recover)
     path = checkpoints.resolve(config.checkpoint.resume)
     if path is None and checkpoints.found():
         raise UserError(

@@ -91,18 +91,6 @@ def test_close_wakes_a_waiting_consumer() -> None:
     assert got == [[]]
 
 
-def test_waiting_is_counted() -> None:
-    # a data-wait share that says 0 while the step starves
-    def items() -> Iterator[int]:
-        for number in range(3):
-            time.sleep(0.1)
-            yield number
-
-    prefetcher = Prefetcher(items(), depth=1)
-    assert list(prefetcher) == [0, 1, 2]
-    assert 0.2 < prefetcher.wait_seconds < 5
-
-
 def test_pool_threads_use_one_core_each_and_others_as_before() -> None:
     # N workers × N threads each on N cores; or a main thread, or threads started later, slowed to one core for good
     before = torch.get_num_threads()

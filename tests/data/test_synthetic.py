@@ -194,6 +194,14 @@ def test_clip_has_the_promised_form(name: str) -> None:
     assert np.abs(np.diff(clip.frames.astype(int), axis=0)).max() > 60, "nothing moves"
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_clip_too_short_for_an_event_is_a_clip(name: str) -> None:
+    """Would catch a division by the loudness of a sound that never comes."""
+    for index in range(12):
+        clip = render_clip(name, index, replace(TINY, seconds=(0.5, 0.5)))
+        assert np.isfinite(clip.waveform).all() and len(clip.waveform) == 8000
+
+
 def test_clip_depends_on_seed_class_and_index_alone() -> None:
     """Would catch a random stream that runs on from clip to clip, or that is numbered by the subset of classes."""
     clip = render_clip("slide", 7, TINY)

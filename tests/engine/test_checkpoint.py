@@ -38,6 +38,18 @@ def test_auto_takes_the_newest_whole_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.resolve(str(tmp_path)) == newest
 
 
+def test_a_replacement_cut_in_two_loses_nothing(tmp_path: Path) -> None:
+    """Red if the old checkpoint of a step is gone before the new one of the same step carries its name."""
+    checkpoints = Checkpoints(tmp_path)
+    make(tmp_path, 5)
+    make(tmp_path, 6).rename(tmp_path / "step-00000006.replaced")  # killed between the two renamings
+    make(tmp_path, 7)
+    make(tmp_path, 8).rename(tmp_path / "step-00000007.replaced")  # killed after them
+    checkpoints.recover()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000005", "step-00000006", "step-00000007"]
+    assert read_state(tmp_path / "step-00000007").step == 7
+
+
 def test_a_path_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     """Red if a typing error starts a run from scratch."""
     with pytest.raises(UserError, match="holds no checkpoint"):

@@ -210,7 +210,6 @@ class ViewPipeline:
         self._decoder = ClipDecoder(micro_batch, data.threads)
         self._pool = single_threaded_pool(data.threads)
         self._prefetcher: Prefetcher[tuple[Views, MaskNoise]] | None = None
-        self._waited_before = 0.0
 
     @classmethod
     def from_config(cls, config: Config, shards: ShardSet, rank: int, world_size: int) -> ViewPipeline:
@@ -227,11 +226,6 @@ class ViewPipeline:
             rank=rank,
             world_size=world_size,
         )
-
-    @property
-    def wait_seconds(self) -> float:
-        """How long consumers of `batches` have waited for data, seconds."""
-        return self._waited_before + (self._prefetcher.wait_seconds if self._prefetcher else 0.0)
 
     def damage(self) -> list[DamagedSample]:
         """Samples found damaged by this process since the last call."""
@@ -328,7 +322,6 @@ class ViewPipeline:
     def _stop_prefetching(self) -> None:
         if self._prefetcher is not None:
             self._prefetcher.close()
-            self._waited_before += self._prefetcher.wait_seconds
             self._prefetcher = None
 
     def close(self) -> None:

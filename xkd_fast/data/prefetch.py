@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import queue
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar, cast
@@ -24,7 +23,6 @@ class Prefetcher(Generic[T]):
     """
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
-        self.wait_seconds = 0.0  # how long the consumer waited, in all
         self._queue: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(items,), name="data", daemon=True)
@@ -54,9 +52,7 @@ class Prefetcher(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        start = time.perf_counter()
         is_item, content = self._queue.get() if not self._stop.is_set() else (False, StopIteration())
-        self.wait_seconds += time.perf_counter() - start
         if is_item:
             return cast(T, content)
         self.close()

@@ -322,19 +322,25 @@ class ShardSet:
         details: dict[str, Any] = json.loads(self._read_part(index, 2).tobytes())
         return details
 
-    def verify(self) -> Iterator[CorruptSampleError]:
-        """Read everything and yield what is damaged."""
-        for index in range(len(self)):
-            for part in range(len(PARTS)):
-                try:
-                    self._read_part(index, part)
-                except CorruptSampleError as error:
-                    yield error
+    def damage(self, index: int) -> list[CorruptSampleError]:
+        """What is wrong with a sample's parts; reads all of them."""
+        found = []
+        for part in range(len(PARTS)):
+            try:
+                self._read_part(index, part)
+            except CorruptSampleError as error:
+                found.append(error)
+        return found
 
     def _read_part(self, index: int, part: int) -> NDArray[np.uint8]:
         offset, size, expected = (int(number) for number in self._ranges[index, part])
         number = int(self._shard[index])
-        data = self._file(number).read(offset, size)
+        try:
+            data = self._file(number).read(offset, size)
+        except OSError as error:
+            raise CorruptSampleError(
+                f"{self._tars[number]}, sample {self.keys[index]}, {PARTS[part]}: cannot be read: {error.strerror}"
+            ) from error
         actual = zlib.crc32(data)
         if len(data) != size or actual != expected:
             raise CorruptSampleError(

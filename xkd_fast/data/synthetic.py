@@ -31,7 +31,7 @@ from xkd_fast.model.options import FORBID_EXTRA, option, require
 CLASSES = ("bounce", "collide", "flash", "orbit", "pendulum", "pulse", "ricochet", "slide")
 SHAPES = ("disc", "square", "triangle", "ring")
 DATASET_FILE = "dataset.json"
-RENDERER = 1  # raise whenever a clip of unchanged options would look or sound different
+RENDERER = 2  # raise whenever a clip of unchanged options would look or sound different
 
 _CLIP_NAME = re.compile(r"^clip_\d{6}\.mp4$")
 _PART_NAME = re.compile(r"^\.clip_\d{6}\.mp4\.\d+\.part$")
@@ -53,6 +53,8 @@ class SyntheticOptions:
     sample_rate: int = option(16000, "audio sample rate of the files, Hz; one that AAC knows")
     seed: int = option(0, "random seed; other seeds give other clips of the same classes")
     background: float = option(0.5, "contrast of the background's texture, 0-1; 0 = a plain colour")
+    background_light: float = option(1.0, "light on the background, which multiplies its colours, above 0 to 1; 1 = full light")
+    object_light: float = option(0.0, "smallest channel of an object's colour, share of full scale, 0-1; 0 = any colour")
     video_noise: float = option(0.03, "standard deviation of the pixel noise, share of full scale; 0 = off")
     audio_noise: float = option(0.02, "typical RMS level of the background noise, full scale = 1; 0 = off")
     distractors: float = option(0.5, "probability of an unrelated object, and of unrelated faint sounds, in a clip; 0 = none")
@@ -76,9 +78,10 @@ class SyntheticOptions:
             self.sample_rate in AAC_RATES, f"sample_rate = {self.sample_rate} must be one of {', '.join(map(str, AAC_RATES))}"
         )
         require(self.seed >= 0, f"seed = {self.seed} must be 0 or more")
-        for name in ("background", "distractors"):
+        for name in ("background", "object_light", "distractors"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name} = {value} must lie in 0-1")
+        require(0 < self.background_light <= 1, f"background_light = {self.background_light} must lie above 0, up to 1")
         require(0 <= self.video_noise <= 0.5, f"video_noise = {self.video_noise} must lie in 0-0.5")
         require(0 <= self.audio_noise <= 0.5, f"audio_noise = {self.audio_noise} must lie in 0-0.5")
 
@@ -253,7 +256,7 @@ def _bounce(scene: _Scene) -> _Event:
     """A ball under gravity; a thud at each contact with the floor, lower for a larger ball."""
     rng, t = scene.rng, scene.frame_times
     period, phase = rng.uniform(0.5, 0.95), rng.uniform()
-    floor = rng.uniform(0.8, 0.94)
+    floor = rng.uniform(0.65, 0.94)
     height = rng.uniform(0.45, 0.95) * (floor - 2 * scene.size)
     u = (t / period + phase) % 1.0
     sway = rng.uniform(0.0, 0.2) * np.sin(2 * np.pi * (t * rng.uniform(0.1, 0.3) + rng.uniform()))
@@ -294,10 +297,10 @@ def _ricochet(scene: _Scene) -> _Event:
 
 
 def _flash(scene: _Scene) -> _Event:
-    """An object overhead that blinks; a beep while it is lit, higher for a smaller object."""
+    """An object that blinks; a beep while it is lit, higher for a smaller object."""
     rng, rate = scene.rng, scene.options.sample_rate
     period, phase, duty = rng.uniform(0.45, 1.0), rng.uniform(), rng.uniform(0.35, 0.6)
-    x, y = _place(scene, 0.0, 0.45)
+    x, y = _place(scene)
     lit = (scene.frame_times / period + phase) % 1.0 < duty
     sounding = (scene.sample_times / period + phase) % 1.0 < duty
     tone = _tone(np.full(len(sounding), scene.pitch(250, 1000)), rate, _partials(rng))
@@ -307,10 +310,10 @@ def _flash(scene: _Scene) -> _Event:
 
 
 def _pulse(scene: _Scene) -> _Event:
-    """An object near the ground that grows and shrinks; the pitch of its tone glides inversely with its size."""
+    """An object that grows and shrinks; the pitch of its tone glides inversely with its size."""
     rng = scene.rng
     frequency, phase, depth = rng.uniform(0.5, 1.2), rng.uniform(), rng.uniform(0.4, 0.55)
-    x, y = _place(scene, 0.55, 1.0)
+    x, y = _place(scene)
 
     def size(t: np.ndarray) -> np.ndarray:
         return scene.size * (1 + depth * np.sin(2 * np.pi * (t * frequency + phase)))
@@ -358,11 +361,11 @@ def _pendulum(scene: _Scene) -> _Event:
 
 
 def _slide(scene: _Scene) -> _Event:
-    """An object on rails overhead that crosses the frame and comes back in on the other side; its pitch follows its place."""
+    """An object on rails that crosses the frame and comes back in on the other side; its pitch follows its place."""
     rng = scene.rng
     crossing, phase = rng.uniform(1.0, 2.0), rng.uniform()
     direction = rng.choice((-1.0, 1.0))
-    y = rng.uniform(scene.size + 0.05, 0.5)
+    y = rng.uniform(scene.size + 0.05, 0.95 - scene.size)
 
     def place(t: np.ndarray) -> np.ndarray:
         return (direction * t / crossing + phase) % 1.0  # 0 just out of sight on the left … 1 on the right
@@ -384,7 +387,7 @@ def _collide(scene: _Scene) -> _Event:
     period, phase = rng.uniform(0.75, 1.5), rng.uniform()
     tilt = math.radians(rng.uniform(-30, 30))
     other = scene.size * rng.uniform(0.8, 1.2)
-    cx, cy = scene.aspect / 2 + rng.uniform(-0.12, 0.12), 0.5 + rng.uniform(-0.15, 0.15)
+    cx, cy = scene.aspect / 2 + rng.uniform(-0.12, 0.12), 0.5 + rng.uniform(-0.25, 0.25)
     apart = rng.uniform(0.25, 0.4) * np.abs(((t / period + phase + 0.5) % 1.0) - 0.5) * 2  # 0 at contact
     objects = []
     for side, size in ((-1.0, scene.size), (1.0, other)):
@@ -406,11 +409,10 @@ _RENDERERS: dict[str, Callable[[_Scene], _Event]] = {
 }
 
 
-def _place(scene: _Scene, top: float, bottom: float) -> tuple[float, float]:
-    """A random place between two heights, 0 top and 1 bottom, for an object that stays where it is."""
+def _place(scene: _Scene) -> tuple[float, float]:
+    """A random place for an object that stays where it is."""
     margin = 1.3 * scene.size
-    y = scene.rng.uniform(top, bottom)
-    return scene.rng.uniform(margin, scene.aspect - margin), min(max(y, margin), 1 - margin)
+    return scene.rng.uniform(margin, scene.aspect - margin), scene.rng.uniform(margin, 1 - margin)
 
 
 # -------------------------------------------------------------------------------------------------------------- picture
@@ -434,7 +436,7 @@ def _background(rng: np.random.Generator, options: SyntheticOptions) -> np.ndarr
         texture = 0.5 + 0.5 * np.tanh(4 * np.sin(2 * np.pi * waves / 2 * along) * np.sin(2 * np.pi * waves / 2 * across))
     first = rng.uniform(0.15, 0.85, 3)
     second = first + options.background * (rng.uniform(0.1, 0.9, 3) - first)
-    return first + (second - first) * texture[..., None]
+    return options.background_light * (first + (second - first) * texture[..., None])
 
 
 def _smooth_noise(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -533,7 +535,7 @@ def _render_frames(scene: _Scene, event: _Event) -> np.ndarray:
         _draw(frames, _distractor(scene), str(rng.choice(SHAPES)), rng.uniform(0, 1, 3), rng.uniform(0, 2 * np.pi))
     _draw_apparatus(frames, moving, fixture_colour, thickness)
     for motion in event.objects:
-        colour = _contrasting_colour(rng, background)
+        colour = options.object_light + (1 - options.object_light) * _contrasting_colour(rng, background)
         _draw(frames, motion, str(rng.choice(SHAPES)), colour, rng.uniform(0, 2 * np.pi))
     if options.video_noise > 0:
         # One tile of noise, cut out at another place for every frame: a tenth of the time of fresh noise.
@@ -569,7 +571,7 @@ def _render_sound(scene: _Scene, event: _Event) -> np.ndarray:
     # A random RMS level: at a random peak, loudness alone would tell hums from clicks.
     level = 10 ** (-rng.uniform(20, 34) / 20)
     sound = event.sound * (level / max(float(np.sqrt(np.mean(event.sound**2))), 1e-9))
-    sound *= min(1.0, 0.9 / float(np.abs(sound).max()))
+    sound *= min(1.0, 0.9 / max(float(np.abs(sound).max()), 1e-9))  # a short clip may hold no impact
     peak = float(np.abs(sound).max())
     if rng.uniform() < options.distractors:
         sound = sound + rng.uniform(0.05, 0.2) * peak * _faint_sounds(scene)

@@ -29,6 +29,7 @@ from xkd_fast.engine.engine import Engine
 from xkd_fast.errors import UserError
 from xkd_fast.weights import read_safetensors, write_safetensors
 
+REPLACED = ".replaced"  # ending of a checkpoint's name while a new one of the same step takes its place
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -42,6 +43,11 @@ class TrainState:
     global_batch: int
     world_size: int
     zero_stage: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch."""
+        return self.samples // self.global_batch
 
     @classmethod
     def start(cls, config: Config, *, samples: int, world_size: int) -> TrainState:
@@ -91,12 +97,22 @@ class Checkpoints:
             return []
         return sorted(path for path in self.directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
 
+    def recover(self) -> None:
+        """Undo a replacement that an interruption cut in two: the old checkpoint counts until the new one is in its place."""
+        for replaced in self.directory.glob(f"step-*{REPLACED}"):
+            final = replaced.with_name(replaced.name.removesuffix(REPLACED))
+            if final.exists():
+                shutil.rmtree(replaced)
+            else:
+                replaced.rename(final)
+
     def save(self, engine: Engine, state: TrainState, config: Config) -> Path:
         """Write a checkpoint; every rank takes part."""
         final = self.directory / f"step-{state.step:08d}"
         partial = self.directory / f"{final.name}.partial"
         is_first = dist.get_rank() == 0
         if is_first:
+            self.recover()
             for leftover in self.directory.glob("step-*.partial"):
                 shutil.rmtree(leftover)
             partial.mkdir(parents=True)
@@ -113,9 +129,11 @@ class Checkpoints:
         dist.barrier()
         if is_first:
             flush_to_disk(partial)
+            replaced = self.directory / f"{final.name}{REPLACED}"
             if final.exists():
-                shutil.rmtree(final)
-            os.replace(partial, final)
+                final.rename(replaced)
+            partial.rename(final)
+            shutil.rmtree(replaced, ignore_errors=True)
             flush_directory(self.directory)
             older = [path for path in self.found() if path.name <= final.name]
             for path in older[: -self.keep] if self.keep else []:
