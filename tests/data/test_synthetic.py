@@ -194,6 +194,22 @@ def test_clip_has_the_promised_form(name: str) -> None:
     assert np.abs(np.diff(clip.frames.astype(int), axis=0)).max() > 60, "nothing moves"
 
 
+def test_light_saturation_and_radius_shape_the_picture() -> None:
+    """Would catch an option that nothing reads: the demo's difficulty rests on them."""
+
+    def renderings(**changes: object) -> np.ndarray:
+        options = replace(CLEAN, seconds=(0.5, 0.5), **changes)  # type: ignore[arg-type]
+        return np.stack([render_clip("orbit", index, options).frames for index in range(20)]).astype(float)
+
+    plain = renderings()
+    assert np.ptp(renderings(saturation=0.0), axis=-1).max() <= 1 < np.ptp(plain, axis=-1).mean()
+    corner = np.s_[:, :, 0, 0]  # background alone
+    assert renderings(background_light=0.5)[corner].mean() == pytest.approx(0.5 * plain[corner].mean(), abs=1)
+    bright = (renderings(background_light=0.2, object_light=0.5) >= 125).all(-1).mean()
+    larger = (renderings(background_light=0.2, object_light=0.5, radius=(0.25, 0.3)) >= 125).all(-1).mean()
+    assert (renderings(background_light=0.2, object_light=0.0) >= 125).all(-1).mean() < 0.7 * bright < 0.4 * larger
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_clip_too_short_for_an_event_is_a_clip(name: str) -> None:
     """Would catch a division by the loudness of a sound that never comes."""
@@ -335,6 +351,10 @@ def test_failed_write_leaves_neither_file_nor_remains(tmp_path: Path) -> None:
         ({"distractors": 1.5}, "distractors = 1.5"),
         ({"video_noise": -0.1}, "video_noise = -0.1"),
         ({"seed": -1}, "seed = -1"),
+        ({"background_light": 0.0}, r"background_light = 0\.0"),
+        ({"object_light": 1.5}, r"object_light = 1\.5"),
+        ({"saturation": -1.0}, r"saturation = -1\.0"),
+        ({"radius": (0.2, 0.1)}, r"radius = \[0\.2, 0\.1\]"),
     ],
 )
 def test_wrong_options_are_named(change: dict[str, object], words: str) -> None:

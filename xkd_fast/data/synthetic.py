@@ -55,6 +55,8 @@ class SyntheticOptions:
     background: float = option(0.5, "contrast of the background's texture, 0-1; 0 = a plain colour")
     background_light: float = option(1.0, "light on the background, which multiplies its colours, above 0 to 1; 1 = full light")
     object_light: float = option(0.0, "smallest channel of an object's colour, share of full scale, 0-1; 0 = any colour")
+    saturation: float = option(1.0, "how colourful background and objects are, 0-1; 0 = grey")
+    radius: tuple[float, float] = option((0.13, 0.21), "smallest and largest radius of the main object, frame heights")
     video_noise: float = option(0.03, "standard deviation of the pixel noise, share of full scale; 0 = off")
     audio_noise: float = option(0.02, "typical RMS level of the background noise, full scale = 1; 0 = off")
     distractors: float = option(0.5, "probability of an unrelated object, and of unrelated faint sounds, in a clip; 0 = none")
@@ -78,7 +80,11 @@ class SyntheticOptions:
             self.sample_rate in AAC_RATES, f"sample_rate = {self.sample_rate} must be one of {', '.join(map(str, AAC_RATES))}"
         )
         require(self.seed >= 0, f"seed = {self.seed} must be 0 or more")
-        for name in ("background", "object_light", "distractors"):
+        low, high = self.radius
+        require(
+            0.05 <= low < high <= 0.3, f"radius = {list(self.radius)} must be two numbers, 0.05 <= smallest < largest <= 0.3"
+        )
+        for name in ("background", "object_light", "saturation", "distractors"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name} = {value} must lie in 0-1")
         require(0 < self.background_light <= 1, f"background_light = {self.background_light} must lie above 0, up to 1")
@@ -436,7 +442,13 @@ def _background(rng: np.random.Generator, options: SyntheticOptions) -> np.ndarr
         texture = 0.5 + 0.5 * np.tanh(4 * np.sin(2 * np.pi * waves / 2 * along) * np.sin(2 * np.pi * waves / 2 * across))
     first = rng.uniform(0.15, 0.85, 3)
     second = first + options.background * (rng.uniform(0.1, 0.9, 3) - first)
-    return options.background_light * (first + (second - first) * texture[..., None])
+    return options.background_light * _muted(first + (second - first) * texture[..., None], options.saturation)
+
+
+def _muted(colour: np.ndarray, saturation: float) -> np.ndarray:
+    """Colours [..., 3] drawn toward the grey of their mean."""
+    grey = colour.mean(-1, keepdims=True)
+    return grey + saturation * (colour - grey)
 
 
 def _smooth_noise(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -504,9 +516,9 @@ def _draw_apparatus(frames: np.ndarray, parts: Sequence[_Line | _Circle], colour
         frames += cover * (paint - frames)
 
 
-def _contrasting_colour(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
+def _contrasting_colour(rng: np.random.Generator, background: np.ndarray, saturation: float) -> np.ndarray:
     """A random colour that can be told from the background's mean: of several draws the farthest."""
-    draws = rng.uniform(0, 1, (6, 3))
+    draws = _muted(rng.uniform(0, 1, (6, 3)), saturation)
     return draws[np.argmax(np.abs(draws - background.mean((0, 1))).sum(1))]
 
 
@@ -525,17 +537,18 @@ def _render_frames(scene: _Scene, event: _Event) -> np.ndarray:
     background = _background(rng, options)
     count, h, w = len(scene.frame_times), options.height, options.width
     frames = np.empty((count, h, w, 3), np.float32)
-    thickness, fixture_colour = rng.uniform(0.025, 0.045), _contrasting_colour(rng, background)
+    thickness, fixture_colour = rng.uniform(0.025, 0.045), _contrasting_colour(rng, background, options.saturation)
     moving = [part for part in event.apparatus if isinstance(part, _Line) and isinstance(part.x1, np.ndarray)]
     still = [part for part in event.apparatus if not any(part is other for other in moving)]
     scenery = background.astype(np.float32)[None] * 255
     _draw_apparatus(scenery, still, fixture_colour, thickness)
     frames[:] = scenery
     if rng.uniform() < options.distractors:
-        _draw(frames, _distractor(scene), str(rng.choice(SHAPES)), rng.uniform(0, 1, 3), rng.uniform(0, 2 * np.pi))
+        colour = _muted(rng.uniform(0, 1, 3), options.saturation)
+        _draw(frames, _distractor(scene), str(rng.choice(SHAPES)), colour, rng.uniform(0, 2 * np.pi))
     _draw_apparatus(frames, moving, fixture_colour, thickness)
     for motion in event.objects:
-        colour = options.object_light + (1 - options.object_light) * _contrasting_colour(rng, background)
+        colour = options.object_light + (1 - options.object_light) * _contrasting_colour(rng, background, options.saturation)
         _draw(frames, motion, str(rng.choice(SHAPES)), colour, rng.uniform(0, 2 * np.pi))
     if options.video_noise > 0:
         # One tile of noise, cut out at another place for every frame: a tenth of the time of fresh noise.
@@ -597,7 +610,7 @@ def render_clip(class_name: str, index: int, options: SyntheticOptions) -> Clip:
         raise UserError(f"class {class_name!r} is not one of: {', '.join(CLASSES)}")
     rng = np.random.default_rng([options.seed, CLASSES.index(class_name), index])
     frames = round(rng.uniform(*options.seconds) * options.fps)
-    low, high = 0.13, 0.21
+    low, high = options.radius
     size = rng.uniform(low, high)
     scene = _Scene(
         rng=rng,
