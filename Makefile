@@ -36,7 +36,7 @@ $(shell [ "$$(cat $(STAMP) 2>&1)" = "$(CURDIR)" ] && [ -x $(BIN)/python ] || rm 
 .PHONY: help demo test test-all lint bench clean install
 
 help:
-	@echo "make demo      render videos, pretrain, evaluate and report, on the CPU (about 12 minutes)"
+	@echo "make demo      render videos, pretrain, evaluate and report, on the CPU (about 8 minutes)"
 	@echo "make test      the tests, slow ones left out"
 	@echo "make test-all  every test"
 	@echo "make lint      style and types"

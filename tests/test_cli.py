@@ -69,6 +69,11 @@ WRONG_INPUT = [
     (("prepare", "{tmp}", "{tmp}/shards", "--quality", "99"), "quality = 99 must lie in 2-31 for mjpeg"),
     (("render", "{root}"), "so it was not rendered by xkd-fast; choose an empty folder"),
     (("render", "{tmp}", "--clips-per-class", "0"), "clips_per_class = 0 must be 1 or more"),
+    (("render", "{root}/setup.py/videos", "--clips-per-class", "1"), "setup.py"),
+    (("demo", "--processes", "0"), "--processes 0 must be 1 or more"),
+    (("demo", "--config", "xkd_base_k400"), "has no data.demo section"),
+    (("demo", "data.train=[somewhere]"), "data.train = ['somewhere']: the demo trains and evaluates on what it renders"),
+    (("doctor", "--shards", "{tmp}/nowhere"), "nowhere"),
     (("render", "{tmp}", "--fps", "many"), "argument --fps: invalid int value: 'many'"),
 ]
 
@@ -83,6 +88,12 @@ def test_wrong_input_ends_with_one_sentence(tmp_path, capsys, arguments, sentenc
     shown = capsys.readouterr()
     assert (code, shown.out) == (2, "")
     assert sentence in shown.err
+
+
+def test_a_path_to_resume_from_is_taken_as_it_is(tmp_path):
+    """Catches a path that is read as YAML: commas, brackets and colons are part of a name."""
+    done = run("train", "--resume", "odd, [name: ", f"output={tmp_path}/run")
+    assert done.returncode == 2 and "checkpoint.resume = odd, [name:  holds no checkpoint" in done.stderr
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [WRONG_INPUT[1], WRONG_INPUT[6]])

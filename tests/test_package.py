@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -84,6 +85,16 @@ def test_kernels_import_under_their_own_name_and_version():
     """Catches a package_dir that maps xkd_kernels elsewhere, and versions that drift apart."""
     assert Path(xkd_kernels.__file__).parent.name == "xkd_kernels"
     assert xkd_kernels.__version__ == PROJECT["version"]
+
+
+def test_make_refuses_a_path_with_spaces(tmp_path):
+    """Catches a checkout under `My Projects` that fails with a riddle half way through the installation."""
+    folder = tmp_path / "my projects"
+    folder.mkdir()
+    shutil.copy(ROOT / "Makefile", folder)
+    made = subprocess.run(["make", "demo"], cwd=folder, capture_output=True, text=True)
+    assert made.returncode == 2
+    assert "holds spaces" in made.stderr and not (folder / ".venv").exists()
 
 
 def test_a_wheel_carries_packages_and_configurations(tmp_path):

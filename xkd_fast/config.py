@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import re
 import textwrap
 import types
@@ -21,7 +20,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from xkd_fast.data.log_mel import MelOptions
@@ -31,6 +29,7 @@ from xkd_fast.data.synthetic import SyntheticOptions
 from xkd_fast.data.views import AugmentOptions
 from xkd_fast.errors import UserError
 from xkd_fast.model.options import FORBID_EXTRA, ModelOptions, option, require, section
+from xkd_fast.yaml_text import InvalidYaml, parse_yaml, shorten, yaml_value
 
 __all__ = [
     "CheckpointOptions",
@@ -334,7 +333,7 @@ def _expected(kind: Any) -> str:
         return "a section with options of its own"
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(_yaml_value(value) for value in arguments)
+        return "one of " + ", ".join(yaml_value(value) for value in arguments)
     if typing.get_origin(kind) is tuple:
         if arguments[-1] is Ellipsis:
             return f"a list, each item {_expected(arguments[0])}"
@@ -342,92 +341,7 @@ def _expected(kind: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
 
 
-# --------------------------------------------------------------------------------------------------------------- reading YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with the plain scalars of YAML 1.2: PyYAML alone reads 1e-4 as text, yes as true and 1:30 as 90."""
-
-    yaml_implicit_resolvers: typing.ClassVar[dict[Any, Any]] = {}
-
-
-_NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", rf"{_NUMBER}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
-
-
-class _Invalid(Exception):
-    """Something wrong in a YAML text; ``line`` counts from 1, 0 = unknown."""
-
-    def __init__(self, problem: str, line: int = 0) -> None:
-        super().__init__(problem)
-        self.line = line
-
-
-def _parse_yaml(text: str) -> tuple[Any, dict[str, int]]:
-    """The value of a YAML text, and the line of each dotted key. Raises ``_Invalid``."""
-    lines: dict[str, int] = {}
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        return (None if node is None else _value(node, "", lines)), lines
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise _Invalid(f"not valid YAML: {error.problem or error.context}", mark.line + 1 if mark else 0) from None
-    except yaml.YAMLError as error:
-        raise _Invalid(f"not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise _Invalid("nested too deeply") from None
-
-
-def _value(node: yaml.Node, key: str, lines: dict[str, int]) -> Any:
-    line = node.start_mark.line + 1
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(item, f"{key}[{index}]", lines) for index, item in enumerate(node.value)]
-    if isinstance(node, yaml.MappingNode):
-        mapping: dict[str, Any] = {}
-        for name_node, value_node in node.value:
-            if not isinstance(name_node, yaml.ScalarNode):
-                raise _Invalid("a key must be a name", name_node.start_mark.line + 1)
-            name = _text(name_node.value, name_node.start_mark.line + 1)
-            path = f"{key}.{name}" if key else name
-            if name in mapping:
-                raise _Invalid(f"{path} is given twice, here and on line {lines[path]}", name_node.start_mark.line + 1)
-            lines[path] = name_node.start_mark.line + 1
-            mapping[name] = _value(value_node, path, lines)
-        return mapping
-    return _scalar(node, line)
-
-
-def _scalar(node: yaml.Node, line: int) -> Any:
-    text, tag = _text(node.value, line), node.tag.rpartition(":")[2]
-    if tag == "str":
-        return text
-    if tag == "null":
-        return None
-    try:
-        if tag == "bool":
-            return {"true": True, "false": False}[text.lower()]
-        number = {"int": int, "float": float}[tag](text.replace(".inf", "inf").replace(".nan", "nan"))
-    except (KeyError, ValueError):
-        raise _Invalid(f"{_shorten(text)} is not a value that is understood here", line) from None
-    if not math.isfinite(number) or abs(number) > 1e300 or (tag == "int" and abs(number) >= 2**63):
-        raise _Invalid(f"{_shorten(text)} is too large a number, or none", line)
-    return number
-
-
-def _text(text: str, line: int) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise _Invalid("text holds half of a surrogate pair", line)
-    return text
-
-
-def _shorten(text: str) -> str:
-    return textwrap.shorten(text, 60, placeholder=" …") if len(text) > 60 else text
+# --------------------------------------------------------------------------------------------------------------- reading files
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -470,19 +384,19 @@ def _read_file(path: Path, opened: tuple[Path, ...] = ()) -> tuple[dict[str, Any
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration file {path} cannot be read: {error}") from error
     try:
-        data, lines = _parse_yaml(text)
-    except _Invalid as error:
+        data, lines = parse_yaml(text)
+    except InvalidYaml as error:
         raise UserError(f"{path}{f':{error.line}' if error.line else ''}: {error}") from error
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a configuration is a mapping of options, such as `seed: 0`, not {_yaml_value(data)}")
+        raise UserError(f"{path}: a configuration is a mapping of options, such as `seed: 0`, not {yaml_value(data)}")
     origins = {key: f"{path}:{line}" for key, line in lines.items()}
     base = data.pop("base", None)
     if base is None:
         return data, origins
     if not isinstance(base, str):
-        raise UserError(f"{origins['base']}: base = {_yaml_value(base)} must be the name of a configuration file")
+        raise UserError(f"{origins['base']}: base = {yaml_value(base)} must be the name of a configuration file")
     below, below_origins = _read_file(_find(base, path.parent), (*opened, path.resolve()))
     return _merge(below, data), below_origins | origins
 
@@ -493,8 +407,8 @@ def _read_override(override: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"{override!r} is not an override; write key.path=value, such as train.epochs=2")
     try:
-        return key, _parse_yaml(text)[0]
-    except _Invalid as error:
+        return key, parse_yaml(text)[0]
+    except InvalidYaml as error:
         raise UserError(f"{override!r}: {error}") from error
 
 
@@ -549,7 +463,7 @@ def _problems(error: ValidationError, data: dict[str, Any]) -> Iterator[tuple[st
         key_path = ".".join(path)
         if key_path not in named:
             named.add(key_path)
-            yield key_path, f"{key_path} = {_yaml_value(value)} must be {_expected(_all_fields()[key_path].kind)}"
+            yield key_path, f"{key_path} = {yaml_value(value)} must be {_expected(_all_fields()[key_path].kind)}"
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -569,7 +483,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     problems: list[tuple[str, str]] = []  # (key, sentence)
     for override in overrides:
         key, value = _read_override(override)
-        origins[key] = f"override {_shorten(override)}"
+        origins[key] = f"override {shorten(override)}"
         if key not in _all_fields():
             problems.append((key, _unknown(key)))
             continue
@@ -598,37 +512,6 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 # -------------------------------------------------------------------------------------------------------------------- writing
 
 
-def _yaml_value(value: Any) -> str:
-    """A value in YAML, on one line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_yaml_value(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_yaml_value(str(name))}: {_yaml_value(item)}" for name, item in value.items()) + "}"
-    if isinstance(value, str):
-        return _yaml_text(value)
-    return repr(value)
-
-
-def _yaml_text(text: str) -> str:
-    """Text in YAML: plain where it reads back as itself, quoted and escaped otherwise."""
-    if re.fullmatch(r"[A-Za-z_/.~][A-Za-z0-9_/.~+-]*", text) and _parse_yaml(text)[0] == text:
-        return text
-    escaped = []
-    for character in text:
-        code = ord(character)
-        if character in '"\\':
-            escaped.append("\\" + character)
-        elif 0x20 <= code < 0x7F or (0xA1 <= code < 0xD800 and code not in (0x2028, 0x2029)):
-            escaped.append(character)
-        else:
-            escaped.append(f"\\U{code:08x}")
-    return '"' + "".join(escaped) + '"'
-
-
 def render_config(config: Config) -> str:
     """The whole configuration as a YAML file with a comment per option; ``load_config`` reads it back as an equal one."""
     lines = [f"# {Config.__doc__ or ''}".rstrip()]
@@ -644,7 +527,7 @@ def _render_section(owner: Any, prefix: str, depth: int, lines: list[str]) -> No
         name = member.key.rpartition(".")[2]
         value = getattr(owner, name)
         if not dataclasses.is_dataclass(value):
-            plain[member.key] = f"{indent}{name}: {_yaml_value(value)}"
+            plain[member.key] = f"{indent}{name}: {yaml_value(value)}"
     column = max((len(text) for text in plain.values() if len(text) <= 40), default=0) + 2
     for member in members:
         name = member.key.rpartition(".")[2]

@@ -360,7 +360,7 @@ def test_read_errors_are_not_taken_for_damage(shards: ShardSet, monkeypatch: pyt
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "pread", fail)
-    with make(shards) as pipeline, pytest.raises(OSError, match="Input/output error"):
+    with make(shards) as pipeline, pytest.raises(UserError, match=r"shard-00000[0-9]\.tar cannot be read: Input/output error"):
         next(pipeline.batches())
 
 

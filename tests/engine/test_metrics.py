@@ -12,8 +12,12 @@ import torch
 import torch.distributed as dist
 
 from tests.tiny import random_batch, tiny_options
+from xkd_fast.config import load_config
+from xkd_fast.data.pipeline import DamagedSample
 from xkd_fast.engine import metrics
 from xkd_fast.engine.launch import free_port
+from xkd_fast.engine.reporter import Reporter
+from xkd_fast.engine.schedule import Schedule
 from xkd_fast.reference import XKD
 
 
@@ -41,6 +45,24 @@ def test_non_finite_loss_is_named_with_its_first_step(single_rank: None) -> None
     with pytest.raises(metrics.NonFiniteLoss, match=r"audio_reconstruction.* at step 2\b") as error:
         collected.check_finite()
     assert "total" not in str(error.value) and "video_reconstruction" not in str(error.value)
+
+
+def test_damaged_samples_are_listed_and_counted_once(single_rank: None, tmp_path: Path) -> None:
+    """Red if what was replaced goes unlisted, or is counted again at every row."""
+    config = load_config("demo", [f"output={tmp_path}", "log.progress=false", "log.tensorboard=false"])
+    optimizer = SimpleNamespace(gradient_norm=lambda: torch.ones(()))
+    engine = SimpleNamespace(module=XKD(tiny_options()), device=torch.device("cpu"), optimizer=optimizer)
+    new = [DamagedSample(3, "key", "shard-000000.tar, sample key: CRC", 1, 7)]
+    schedule = Schedule(config, steps_per_epoch=5)
+    with Reporter(config, engine, 0, schedule) as reporter:  # type: ignore[arg-type]
+        for step in (1, 2):
+            views, masks = random_batch(tiny_options(), 2, dtype=torch.float32)
+            reporter.add(engine.module(views, masks), step)
+            assert reporter.end_step(step, schedule.at(step - 1), lambda: [new.pop()] if new else [], is_last=True)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["damaged_samples"] for row in rows] == [1, 1]
+    (listed,) = (json.loads(line) for line in (tmp_path / "damaged-00000.jsonl").read_text().splitlines())
+    assert (listed["key"], listed["reason"]) == ("key", "shard-000000.tar, sample key: CRC")
 
 
 def test_entropy_of_known_distributions() -> None:

@@ -338,8 +338,8 @@ class ShardSet:
         try:
             data = self._file(number).read(offset, size)
         except OSError as error:
-            raise CorruptSampleError(
-                f"{self._tars[number]}, sample {self.keys[index]}, {PARTS[part]}: cannot be read: {error.strerror}"
+            raise UserError(
+                f"{self._tars[number]} cannot be read: {error.strerror}; look at the disk or network it is on"
             ) from error
         actual = zlib.crc32(data)
         if len(data) != size or actual != expected:

@@ -1,0 +1,143 @@
+"""A data set of class folders: rendered, gone on with after an interruption, rendered anew when its options change."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from xkd_fast.data.synthetic.clip import render_clip, write_clip
+from xkd_fast.data.synthetic.options import CLASSES, SyntheticOptions
+from xkd_fast.data.workers import Outcome, require_workers, run_tasks
+from xkd_fast.errors import UserError
+from xkd_fast.files import write_aside
+
+DATASET_FILE = "dataset.json"
+RENDERER = 2  # raise whenever a clip of unchanged options would look or sound different
+
+_CLIP_NAME = re.compile(r"^clip_\d{6}\.mp4$")
+_PART_NAME = re.compile(r"^\.clip_\d{6}\.mp4\.\d+\.part$")
+
+
+def render_file(task: tuple[str, str, int, SyntheticOptions]) -> None:
+    """Render one clip to a file; the task is (path, class name, index, options). Runs in a worker process."""
+    path, class_name, index, options = task
+    write_clip(path, render_clip(class_name, index, options), fps=options.fps, sample_rate=options.sample_rate)
+
+
+def clip_path(root: str | os.PathLike[str], class_name: str, index: int) -> Path:
+    """Where ``render_dataset`` puts a clip."""
+    return Path(root) / class_name / f"clip_{index:06d}.mp4"
+
+
+def _description(options: SyntheticOptions) -> dict[str, Any]:
+    described = {
+        "renderer": RENDERER,
+        "options": asdict(options),
+        "labels": {name: i for i, name in enumerate(sorted(options.classes))},
+    }
+    return json.loads(json.dumps(described))
+
+
+def _same_clips(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two descriptions give the same clip for the same class and index."""
+
+    def shaping(description: dict[str, Any]) -> dict[str, Any]:
+        kept = {k: v for k, v in description.get("options", {}).items() if k not in ("clips_per_class", "classes")}
+        return {"renderer": description.get("renderer"), **kept}
+
+    return shaping(first) == shaping(second)
+
+
+def _read_description(root: Path) -> dict[str, Any] | None:
+    path = root / DATASET_FILE
+    if not path.exists():
+        if root.exists() and any(not p.name.startswith(".") for p in root.iterdir()):
+            raise UserError(
+                f"{root} holds files but no {DATASET_FILE}, so it was not rendered by xkd-fast; choose an empty folder"
+            )
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(stored, dict) and isinstance(stored["options"], dict)
+        return stored
+    except (ValueError, KeyError, AssertionError) as error:
+        raise UserError(
+            f"{path} is not a data set description ({error}); choose an empty folder, or delete this one"
+        ) from error
+
+
+def _written_files(root: Path) -> Iterator[Path]:
+    """Files in ``root`` that a renderer wrote: clips and leftovers of interrupted writes."""
+    for name in CLASSES:
+        if (root / name).is_dir():
+            yield from (p for p in (root / name).iterdir() if _CLIP_NAME.match(p.name) or _PART_NAME.match(p.name))
+
+
+def render_dataset(
+    root: str | os.PathLike[str],
+    options: SyntheticOptions,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Render a data set of class folders: ``root/CLASS/clip_000000.mp4`` and ``root/dataset.json``.
+
+    Complete files of the same options are kept, so an interrupted rendering goes on where it stopped. Clips of other options
+    are removed and rendered anew; surplus clips (fewer classes or clips than before) are removed.
+
+    Args:
+        root: folder to write; made where missing. It must be empty or hold a rendered data set.
+        options: what to render.
+        workers: processes; 1 renders in this process. The clips are the same for any number.
+        progress: called with (clips done, clips in all), the clips that were there already included.
+
+    Returns:
+        Number of clips rendered now.
+
+    Raises:
+        UserError: ``root`` holds something else, or ``workers`` is below 1.
+    """
+    require_workers(workers)
+    root = Path(root)
+    wanted, stored = _description(options), _read_description(root)
+    planned = {
+        clip_path(root, name, index): (name, index)
+        for index in range(options.clips_per_class)
+        for name in sorted(options.classes)
+    }
+    keep = planned if stored is not None and _same_clips(stored, wanted) else {}
+    for path in _written_files(root):  # before the description changes, so that an old clip never passes for a new one
+        if path not in keep:
+            path.unlink()
+    for name in set(CLASSES) - set(options.classes):
+        if (root / name).is_dir() and not any((root / name).iterdir()):
+            (root / name).rmdir()
+    if stored != wanted:
+        root.mkdir(parents=True, exist_ok=True)
+        write_aside(root / DATASET_FILE, (json.dumps(wanted, indent=2) + "\n").encode())
+    for name in options.classes:
+        (root / name).mkdir(exist_ok=True)
+    tasks = [(str(path), name, index, options) for path, (name, index) in planned.items() if not path.exists()]
+    present = len(planned) - len(tasks)
+    if progress is not None:
+        progress(present, len(planned))
+    for count, outcome in enumerate(_outcomes(tasks, workers), start=1):
+        if outcome.failure is not None:
+            raise RuntimeError(f"rendering {tasks[outcome.index][0]} failed ({outcome.failure}): {outcome.detail}")
+        if progress is not None:
+            progress(present + count, len(planned))
+    return len(tasks)
+
+
+def _outcomes(tasks: list[tuple[str, str, int, SyntheticOptions]], workers: int) -> Iterator[Outcome]:
+    if workers == 1:
+        for index, task in enumerate(tasks):
+            render_file(task)
+            yield Outcome(index)
+    else:
+        yield from run_tasks("xkd_fast.data.synthetic.dataset:render_file", tasks, workers=workers, seconds=300.0)
