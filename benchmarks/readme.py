@@ -38,8 +38,8 @@ def render(result: dict[str, Any]) -> str:
     """The README's paragraph about a demo run."""
     lines = [
         "One run of the demo's configuration: top-1 accuracy, in per cent, of linear SVMs on the frozen features of",
-        f"{result['samples']['test']} clips not seen in training, beside the same model at initialisation. The networks are the",
-        "students: the teachers of so short a run lag behind. Data and schedule were chosen on clips of yet another seed.",
+        f"{result['samples']['test']} clips not seen in training, beside the same model at initialisation. The networks",
+        "are the students: the teachers of so short a run lag behind. Data and schedule were chosen on clips of another seed.",
         "",
         "| features | pretrained | untrained | chance |",
         "|---|---|---|---|",
