@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from xkd_fast import reference
 from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.model import options as opt
+from xkd_fast.model.build import build_model
 from xkd_fast.weights import from_released, released_names
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -148,11 +149,11 @@ def final_kind(name: str) -> str:
     return "centres" if name.endswith("_centre") else "teachers" if "_teacher." in name else "weights"
 
 
-def replay(golden: Golden, dtype: torch.dtype = torch.float64) -> Errors:
-    """Recompute the three steps of a golden file with the reference and compare everything it holds."""
+def replay(golden: Golden, dtype: torch.dtype = torch.float64, implementation: str = "reference") -> Errors:
+    """Recompute the three steps of a golden file and compare everything it holds."""
     errors, settings = Errors(), golden.settings
-    options = golden.options()
-    model = reference.XKD(options)
+    options = replace(golden.options(), implementation=implementation)
+    model = reference.XKD(options) if implementation == "reference" else build_model(options, seed=0)
     model.load_state_dict(from_released(golden.group("init.")))
     model.to(dtype)
     temperature = settings["teacher_temp"]
@@ -203,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.replay_golden", description=__doc__)
     parser.add_argument("file", type=Path, help="a golden file, or the bare name of one in tests/golden")
-    parser.add_argument("--impl", choices=("reference",), default="reference", help="which implementation to replay")
+    parser.add_argument("--impl", choices=("reference", "fast"), default="reference", help="which implementation to replay")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     parser.add_argument("--tolerance", type=float, help="largest error allowed; default 1e-6 in float64, 5e-4 in float32")
     args = parser.parse_args(arguments)
@@ -211,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not path.exists():
         parser.error(f"{args.file} does not exist, nor does {path}; golden files: {', '.join(FILES)}")
     golden = Golden.read(path)
-    errors = replay(golden, getattr(torch, args.dtype))
+    errors = replay(golden, getattr(torch, args.dtype), args.impl)
     # float32: a gradient of 3e-8 beside AdamW's eps of 1e-8 turns one rounding into 2e-4 of a weight
     tolerance = args.tolerance or {"float64": 1e-6, "float32": 5e-4}[args.dtype]
     largest = max(error for error, _ in errors.worst.values())

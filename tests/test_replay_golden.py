@@ -18,17 +18,19 @@ def golden(request):
     return Golden.read(GOLDEN / f"{request.param}.safetensors")
 
 
-def test_float64_replay_stays_within_the_issue_tolerances(golden):
+@pytest.mark.parametrize("implementation", ["reference", "fast"])
+def test_float64_replay_stays_within_the_issue_tolerances(golden, implementation):
     """Any slip in model, losses, clipping, AdamW, EMA or centres of any variant."""
-    errors = replay(golden, torch.float64)
+    errors = replay(golden, torch.float64, implementation)
     losses = 1e-9 if golden.settings["variant"] == "XKD" else 1e-8
     tolerance = dict.fromkeys(errors.worst, 1e-6) | {"losses": losses}
     assert {kind: error for kind, (error, _) in errors.worst.items() if not error <= tolerance[kind]} == {}
 
 
-def test_float32_replay_is_exact_to_float32_rounding(golden):
+@pytest.mark.parametrize("implementation", ["reference", "fast"])
+def test_float32_replay_is_exact_to_float32_rounding(golden, implementation):
     """A float32 cancellation, say in the MMD's distances, or an accumulation in half precision."""
-    errors = replay(golden, torch.float32)
+    errors = replay(golden, torch.float32, implementation)
     assert {k: e for k, (e, _) in errors.worst.items() if not e <= FLOAT32_TOLERANCE.get(k, 5e-6)} == {}
 
 

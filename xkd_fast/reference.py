@@ -215,7 +215,12 @@ def reconstruction_loss(predicted: Tensor, patches: Tensor, masked: Tensor) -> T
     predicted, patches: [B, N, P]; masked: [B, N − keep] token numbers. The variance is the unbiased one.
     """
     index = masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
-    predicted, patches = wide(predicted.gather(1, index)), wide(patches.gather(1, index))
+    return patch_error(predicted.gather(1, index), patches.gather(1, index))
+
+
+def patch_error(predicted: Tensor, patches: Tensor) -> Tensor:
+    """Mean squared error of predictions to patches normalised one by one: both [B, n, P]."""
+    predicted, patches = wide(predicted), wide(patches)
     target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True, unbiased=True) + TARGET_EPS).sqrt()
     return (predicted - target).square().mean()
 
@@ -408,11 +413,17 @@ class XKD(nn.Module):
         weights: dict[str, Tensor],
     ) -> Losses:
         """The three objectives and their weighted mean."""
-        objective: ObjectiveOptions = self.options.objective
         patch = {"video": self.options.video.patch, "audio": self.options.audio.patch}
         recon = {
             m: reconstruction_loss(predicted[m], patchify(clips[m], patch[m]), order[m][:, self.keep(m) :]) for m in MODALITIES
         }
+        return self.combine(recon, student, teacher, weights)
+
+    def combine(
+        self, recon: dict[str, Tensor], student: dict[str, Tensor], teacher: dict[str, Tensor], weights: dict[str, Tensor]
+    ) -> Losses:
+        """All losses, from the reconstruction's by modality, logits and refinement weights."""
+        objective: ObjectiveOptions = self.options.objective
         distil = {
             source: distillation_loss(
                 teacher[source],

@@ -287,7 +287,12 @@ class ModelOptions:
 
     __pydantic_config__ = FORBID_EXTRA
 
-    implementation: Literal["reference"] = option("reference", "which code computes the model")
+    implementation: Literal["fast", "reference"] = option(
+        "fast", "which code computes the model: fast, or the plain reference it is measured against"
+    )
+    attention: Literal["auto", "sdpa", "recompute", "xformers", "eager"] = option(
+        "auto", "attention of the fast implementation; auto chooses and says why"
+    )
     variant: Variant = option("xkd", "xkd: a stack per modality; mas: students share one; mats: teachers share one too")
     teacher_view: TeacherView = option(
         "global", "what the teachers see: the global view (paper) or first local view (released code)"

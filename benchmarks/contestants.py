@@ -1,0 +1,147 @@
+"""Who is timed: the reference as released, the strongest plain PyTorch, and the fast model. Each does one whole step.
+
+A step is forward, backward, per-tensor clipping, AdamW, both teachers and centres. Needs torch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xkd_fast import reference
+from xkd_fast.data.views import MaskNoise, Views
+from xkd_fast.engine.ema import TeacherUpdate
+from xkd_fast.engine.optimizer import ClippedAdamW, group_parameters
+from xkd_fast.model.build import build_model
+from xkd_fast.model.options import ModelOptions
+from xkd_fast.objective.losses import Losses
+
+LR, BETAS, WEIGHT_DECAY, MAX_NORM, MOMENTUM = 1e-4, (0.9, 0.95), 0.3, 0.3, 0.997
+Step = Callable[[Views, MaskNoise], Losses]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Autocast in ``dtype``; nothing for float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+class Contestant:
+    """A model with its whole step."""
+
+    name: str
+
+    def __init__(self, options: ModelOptions, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.model = self.build(options).to(device)
+
+    def build(self, options: ModelOptions) -> reference.XKD:
+        """The model, its weights those of seed 0."""
+        return build_model(replace(options, implementation="reference"), seed=0)
+
+    def step(self, views: Views, masks: MaskNoise) -> Tensor:
+        """One whole step; returns the loss, not yet waited for."""
+        raise NotImplementedError
+
+
+class Released(Contestant):
+    """The plain reference as released: loops over parameters that wait for the device; float16 with loss scaling on a GPU."""
+
+    name = "reference"
+
+    def __init__(self, options: ModelOptions, device: torch.device, dtype: torch.dtype) -> None:
+        half = device.type == "cuda" and dtype != torch.float32
+        super().__init__(options, device, torch.float16 if half else dtype)
+        groups = reference.parameter_groups(self.model, WEIGHT_DECAY)
+        self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half)
+
+    def step(self, views: Views, masks: MaskNoise) -> Tensor:
+        """One whole step."""
+        self.optimizer.zero_grad()
+        with autocast(self.device, self.dtype):
+            losses = self.model(views, masks)
+        self.scaler.scale(losses.total).backward()
+        self.scaler.unscale_(self.optimizer)
+        for parameter in reference.clipped_parameters(self.model):
+            norm = parameter.grad.norm()  # type: ignore[union-attr]
+            if (factor := MAX_NORM / (norm.item() + reference.CLIP_EPS)) < 1:  # waits for the device, as released
+                parameter.grad.mul_(factor)  # type: ignore[union-attr]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        reference.update_teachers(self.model, MOMENTUM, MOMENTUM)
+        reference.update_centres(self.model, losses.outputs.teacher_means)
+        return losses.total.detach()
+
+
+class _SdpaBlock(reference.Block):
+    """A block that attends without a matrix, and so returns none."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)))), x
+
+
+def _blocks_without_matrix(model: reference.XKD) -> Iterator[reference.Block]:
+    """Every block but the teachers' last ones, whose attention refinement needs."""
+    needed = {id(model.teacher(modality).encoder.blocks[-1]) for modality in reference.MODALITIES}
+    return (block for block in model.modules() if isinstance(block, reference.Block) and id(block) not in needed)
+
+
+class FewLaunches(Contestant):
+    """Multi-tensor clipping, fused AdamW and multi-tensor teachers around a model."""
+
+    def __init__(self, options: ModelOptions, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(options, device, dtype)
+        groups = group_parameters(self.model.named_parameters(), WEIGHT_DECAY)
+        self.optimizer = ClippedAdamW(groups, lr=LR, betas=BETAS, eps=1e-8, clip_norm=MAX_NORM)
+        video, audio = ((self.model.student(m), self.model.teacher(m)) for m in reference.MODALITIES)
+        self.update_teachers = TeacherUpdate(video, audio)
+        self.forward: Step = self.model
+
+    def step(self, views: Views, masks: MaskNoise) -> Tensor:
+        """One whole step."""
+        self.optimizer.zero_grad()
+        with autocast(self.device, self.dtype):
+            losses = self.forward(views, masks)
+        losses.total.backward()
+        self.optimizer.step()
+        self.update_teachers(MOMENTUM, MOMENTUM)
+        reference.update_centres(self.model, losses.outputs.teacher_means)
+        return losses.total.detach()
+
+
+class Strong(FewLaunches):
+    """The strong yardstick: the reference with SDPA, torch.compile on every block and few launches around it."""
+
+    name = "strong"
+
+    def build(self, options: ModelOptions) -> reference.XKD:
+        """The reference with other blocks."""
+        model = super().build(options)
+        for block in _blocks_without_matrix(model):
+            block.__class__ = _SdpaBlock
+        return model
+
+    def __init__(self, options: ModelOptions, device: torch.device, dtype: torch.dtype, *, compiled: bool = True) -> None:
+        super().__init__(options, device, dtype)
+        if compiled:
+            for module in self.model.modules():
+                if isinstance(module, (reference.Block, reference.Head)):
+                    module.compile(dynamic=False)
+
+
+class Fast(FewLaunches):
+    """What users train with."""
+
+    name = "fast"
+
+    def build(self, options: ModelOptions) -> reference.XKD:
+        """The fast model."""
+        return build_model(replace(options, implementation="fast"), seed=0)

@@ -1,0 +1,148 @@
+"""The fast model computes the reference's numbers, for every variant and option, and keeps less for the backward pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.measure import launches, saved_bytes
+from tests.tiny import random_batch, tiny_options
+from xkd_fast import reference
+from xkd_fast.model.build import build_model
+from xkd_fast.model.options import AudioOptions, ModelOptions, ObjectiveOptions, VideoOptions
+from xkd_fast.objective.losses import Losses
+
+VIDEO = {n: VideoOptions(8, 24, n, 4, 16, 2, 8, mask_ratio=0.7) for n in range(4)}
+AUDIO = {n: AudioOptions(16, 64, n, 32, 4, 16, mask_ratio=0.6) for n in range(3)}
+SAME_LENGTHS = {  # 16 tokens of either: a packed group holds both modalities
+    "video": VideoOptions(8, 16, 1, 4, 8, 2, 8, mask_ratio=0.5),
+    "audio": AudioOptions(16, 64, 1, 16, 4, 16, mask_ratio=0.5),
+}
+OPTIONS = {
+    "xkd": {},
+    "mas": {"variant": "mas", "video": VIDEO[3]},
+    "mats": {"variant": "mats", "video": VIDEO[2], "audio": AUDIO[2]},
+    "mats of one length": {"variant": "mats", **SAME_LENGTHS},
+    "mas without cls, softmax": {"variant": "mas", "cls_token": False, "refinement": "softmax"},
+    "no cls": {"cls_token": False},
+    "softmax": {"refinement": "softmax"},
+    "local teacher": {"teacher_view": "local"},
+    "local teacher, no cls, mats": {"teacher_view": "local", "cls_token": False, "variant": "mats"},
+    "no local views": {"video": VIDEO[0], "audio": AUDIO[0]},
+    "eager attention": {"attention": "eager"},
+    "recomputed attention": {"attention": "recompute"},
+}
+
+
+def both(options: ModelOptions, dtype: torch.dtype) -> tuple[reference.XKD, reference.XKD]:
+    """The reference and the fast model with equal weights; teachers differ from students."""
+    models = []
+    for implementation in ("reference", "fast"):
+        model = build_model(replace(options, implementation=implementation), seed=3).to(dtype)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            seen = set()
+            for name, tensor in model.state_dict().items():
+                if tensor.is_floating_point() and tensor.data_ptr() not in seen and not name.endswith("prototype_scale"):
+                    seen.add(tensor.data_ptr())
+                    tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(dtype))
+        models.append(model)
+    return models[0], models[1]
+
+
+def step(model: reference.XKD, options: ModelOptions, dtype: torch.dtype) -> Losses:
+    """Forward and backward of one random batch."""
+    losses = model(*random_batch(options, 3, seed=5, dtype=dtype))
+    losses.total.backward()
+    return losses
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_equals_the_reference(name: str) -> None:
+    """Red if a token, view, position, mask or segment is mixed up, in any variant and option."""
+    options = tiny_options(**OPTIONS[name])
+    plain, fast = both(options, torch.float64)
+    expected, got = (step(model, options, torch.float64) for model in (plain, fast))
+    for term, value in expected.terms().items():
+        assert got.terms()[term].item() == pytest.approx(value.item(), rel=1e-11), term
+    for kind in ("student_logits", "teacher_logits", "refinement_weights", "teacher_means"):
+        for modality in ("video", "audio"):
+            ours, theirs = getattr(got.outputs, kind)[modality], getattr(expected.outputs, kind)[modality]
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    gradients = dict(plain.named_parameters())
+    compared = 0
+    for parameter_name, parameter in fast.named_parameters():
+        other = gradients[parameter_name].grad
+        assert (parameter.grad is None) == (other is None), parameter_name
+        if other is not None:
+            compared += 1
+            error = (parameter.grad - other).norm() / other.norm().clamp_min(1e-12)
+            assert error < 1e-9, f"{parameter_name}: {error:.1e}"
+    assert compared > 30
+
+
+def test_state_is_the_references() -> None:
+    """Red if a checkpoint of one implementation does not load into the other, or the same seed gives other weights."""
+    for variant in ("xkd", "mas", "mats"):
+        states = [
+            build_model(tiny_options(variant=variant, implementation=name), seed=1).state_dict()
+            for name in ("fast", "reference")
+        ]
+        assert list(states[0]) == list(states[1])
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_bfloat16_stays_near_float64() -> None:
+    """Red if a loss, a softmax or a norm is computed in bfloat16, or the teachers' cached weights are stale."""
+    options = tiny_options(video=VIDEO[2])
+    plain, fast = both(options, torch.float64)
+    exact = step(plain, options, torch.float64)
+    rounding = both(options, torch.float32)[0]
+    fast.float()
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded, usual = step(fast, options, torch.float32), step(rounding, options, torch.float32)
+        assert rounded.total.dtype == torch.float32
+        for term, value in exact.terms().items():
+            error, usual_error = (abs(losses.terms()[term].item() - value.item()) for losses in (rounded, usual))
+            assert error < 3 * usual_error + 0.01 * abs(value.item()) + 0.002, f"{term}: {error:.2g} against {usual_error:.2g}"
+        with torch.no_grad():  # the teachers move, and so must what is cached of them
+            for model in (plain, rounding, fast):
+                for name, parameter in model.named_parameters():
+                    if "_teacher." in name and "prototype_scale" not in name:
+                        parameter.mul_(0.7)
+        exact = step(plain, options, torch.float64)
+
+
+def test_less_is_kept_and_launched() -> None:
+    """Red if an attention matrix, an invisible token's embedding or an unmasked prediction is kept for the backward pass."""
+    options = tiny_options(
+        video=VideoOptions(16, 64, 1, 4, 32, 2, 8, mask_ratio=0.85), audio=AudioOptions(32, 128, 1, 32, 4, 8, mask_ratio=0.8)
+    )
+    kept, launched = {}, {}
+    for name, model in zip(("reference", "fast"), both(options, torch.float32), strict=True):
+        views, masks = random_batch(options, 4, dtype=torch.float32)
+        kept[name] = saved_bytes(lambda model=model, views=views, masks=masks: model(views, masks).total)
+        launched[name] = launches(lambda model=model, views=views, masks=masks: model(views, masks).total.backward())
+    assert kept["fast"] < 0.6 * kept["reference"], kept
+    assert launched["fast"] < 0.85 * launched["reference"], launched
+
+
+def test_an_attention_that_cannot_run_says_why() -> None:
+    """Red if an explicit choice falls back silently."""
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    with pytest.raises(ValueError, match=r"model\.attention = xformers cannot run here .*use sdpa or auto"):
+        build_model(tiny_options(attention="xformers"), seed=0)
+
+
+def test_every_weight_counts() -> None:
+    """Red if an objective's weight is ignored by the fast model."""
+    for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)):
+        options = tiny_options(objective=ObjectiveOptions(*weights))
+        losses = build_model(options, seed=0).double()(*random_batch(options, 2))
+        parts = (losses.reconstruction, losses.distillation, losses.alignment)
+        expected = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+        assert losses.total.item() == pytest.approx(expected.item())

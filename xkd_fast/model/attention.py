@@ -1,0 +1,138 @@
+"""Attention of packed sequences: one small interface, its backends, and the choice between them."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# q: [B, h, n, d], k and v: [B, h, N, d] → [B, n, h·d]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+BACKENDS = ("sdpa", "recompute", "xformers", "eager")
+QUERY_TILE = 64  # queries whose scores are held at once where CLS is off
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A backend, and why it was chosen."""
+
+    name: str
+    reason: str
+    attend: Attend
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """With the matrix of probabilities in memory."""
+    probabilities = ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return (probabilities.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's fused attention: flash or cuDNN on a GPU, tiled on the CPU."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        with torch.autocast(q.device.type, enabled=False):
+            return (_probabilities(q, k) @ v).transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        q, k, v = ctx.saved_tensors
+        with torch.autocast(q.device.type, enabled=False):
+            gradient = gradient.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+            probabilities = _probabilities(q, k)
+            to_probabilities = gradient @ v.transpose(-2, -1)
+            to_scores = torch.ops.aten._softmax_backward_data(to_probabilities, probabilities, -1, q.dtype)
+            to_scores = to_scores.mul_(q.shape[-1] ** -0.5)
+            to_v = probabilities.transpose(-2, -1) @ gradient
+            return to_scores @ k, to_scores.transpose(-2, -1) @ q, to_v
+
+
+def _probabilities(q: Tensor, k: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).mul_(q.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+def recompute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """With the matrix of probabilities made twice, in the forward and in the backward pass, and never kept."""
+    return _Recompute.apply(q, k, v)  # type: ignore[no-any-return]
+
+
+def automatic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``sdpa``; in bfloat16 on a CPU ``recompute``.
+
+    A base model's attention, forward and backward of 2 clips on two Xeon cores (benchmarks/results/attention_cpu_*.json): in
+    bfloat16 sdpa takes about twice the time of recompute, whose products run on the matrix unit; in float32 about half.
+    """
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return recompute(q, k, v)
+    return sdpa(q, k, v)
+
+
+def _xformers() -> Attend:
+    """xformers' attention, tried once on the GPU it shall run on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        operators = importlib.import_module("xformers.ops")
+    if not torch.cuda.is_available():
+        raise RuntimeError("it has no operator for the CPU")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        arguments = (x.transpose(1, 2) for x in (q, k, v))
+        return operators.memory_efficient_attention(*arguments).flatten(2)  # type: ignore[no-any-return]
+
+    x = torch.zeros(1, 1, 16, 64, device="cuda", dtype=torch.bfloat16)
+    attend(x, x, x)
+    return attend
+
+
+def choose(name: str) -> Attention:
+    """The backend ``name``; ``auto`` takes :func:`automatic`.
+
+    Raises:
+        ValueError: a backend that is unknown, or that cannot run here; says why, and what can.
+    """
+    if name == "auto":
+        return Attention("sdpa", "but for bfloat16 on a CPU, where recompute is measured to be faster", automatic)
+    if name == "sdpa":
+        return Attention(name, "asked for", sdpa)
+    if name == "recompute":
+        return Attention(name, "asked for", recompute)
+    if name == "eager":
+        return Attention(name, "asked for", eager)
+    if name == "xformers":
+        try:
+            return Attention(name, "asked for", _xformers())
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"model.attention = xformers cannot run here ({type(error).__name__}: {reason}); use sdpa or auto"
+            ) from error
+    raise ValueError(f"model.attention = {name} is not one of auto, {', '.join(BACKENDS)}")
+
+
+def patch_probabilities(q: Tensor, k: Tensor, *, has_cls: bool) -> Tensor:
+    """How much each head looks at each patch: the CLS row of the attention without its own column, [B, h, N].
+
+    Without CLS the mean over all queries, taken in tiles, so that the N × N matrix never exists. q, k: [B, h, (1 +) N, d].
+    Softmax in float32 or wider.
+    """
+    scale = q.shape[-1] ** -0.5
+    transposed = k.transpose(-2, -1)
+    dtype = q.dtype if q.dtype == torch.float64 else torch.float32
+    if has_cls:
+        return ((q[:, :, :1] @ transposed) * scale).softmax(dim=-1, dtype=dtype)[:, :, 0, 1:]
+    total = torch.zeros(*k.shape[:-1], dtype=dtype, device=k.device)
+    for tile in q.split(QUERY_TILE, dim=2):
+        total += ((tile @ transposed) * scale).softmax(dim=-1, dtype=dtype).sum(dim=2)
+    return total / q.shape[2]

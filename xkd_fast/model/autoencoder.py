@@ -1,0 +1,46 @@
+"""The decoder's way through: tokens stay in the order that put the visible first, so what is masked is one slice."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xkd_fast.model.attention import Attend
+from xkd_fast.model.layers import norm_linear
+from xkd_fast.model.vit import Group, heads_of, mlp, run_blocks
+from xkd_fast.reference import Block, Decoder
+
+
+def decode_masked(decoder: Decoder, encoded: Tensor, order: Tensor, attend: Attend) -> Tensor:
+    """Predict the masked patches.
+
+    Attention does not care for order: the tokens are not put back into the grid, only their positions are looked up. The last
+    block's queries, its MLP and the output projection are computed for masked tokens alone.
+
+    Args:
+        decoder: its weights.
+        encoded: [B, (1 +) keep, D] the student's tokens.
+        order: [B, N] token numbers, the visible ones first.
+        attend: attention backend.
+
+    Returns:
+        [B, N − keep, P] in the order of ``order[:, keep:]``.
+    """
+    batch, total = order.shape
+    x = decoder.project_in(encoded)
+    first, width = decoder.first, x.shape[-1]
+    cls_token, visible = x[:, :first], x[:, first:]
+    masked = total - visible.shape[1]
+    positions = F.embedding(order, decoder.position[0, first:])
+    mask_tokens = decoder.mask_token.to(x.dtype).expand(batch, masked, -1)
+    tokens = torch.cat([visible, mask_tokens], dim=1) + positions
+    if first:
+        tokens = torch.cat([cls_token + decoder.position[:, :first], tokens], dim=1)
+    length = tokens.shape[1]
+    packed = run_blocks(decoder.blocks[:-1], tokens.view(-1, width), [Group(batch, length)], attend)
+    tokens = packed.view(batch, length, width)
+    last: Block = decoder.blocks[-1]  # type: ignore[assignment]
+    q, k, v = heads_of(norm_linear(tokens, last.norm1, last.qkv), last.heads)
+    mixed = attend(q[:, :, length - masked :], k, v)
+    return decoder.project_out(mlp(last, tokens[:, length - masked :] + last.proj(mixed)))  # type: ignore[no-any-return]

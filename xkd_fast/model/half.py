@@ -1,0 +1,39 @@
+"""Teachers' linear weights in autocast's type, cast once per update instead of once per use."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class HalfCopy:
+    """Copies of modules whose linear layers hold their weights in ``dtype``; every other parameter is the original's own.
+
+    Shared layers stay shared. The copies follow their originals: :meth:`fresh` casts anew when any weight has changed since.
+    """
+
+    def __init__(self, originals: nn.ModuleDict, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        linear = {id(p): p for m in originals.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
+        halves = {key: nn.Parameter(p.detach().to(dtype), requires_grad=False) for key, p in linear.items()}
+        others: dict[int, object] = {id(p): p for p in originals.parameters() if id(p) not in linear}
+        self._originals: list[torch.Tensor] = list(linear.values())
+        self._halves: list[torch.Tensor] = list(halves.values())
+        self._version = -1
+        self._copies = copy.deepcopy(originals, others | halves)
+
+    def follows(self, weight: torch.Tensor, dtype: torch.dtype) -> bool:
+        """Whether these are copies in ``dtype`` of the modules that hold ``weight``, where they are now."""
+        is_among = any(weight is original for original in self._originals)
+        return is_among and dtype == self.dtype and weight.device == self._halves[0].device
+
+    @torch.no_grad()
+    def fresh(self) -> nn.ModuleDict:
+        """The copies, cast anew if an original has changed."""
+        version = sum(parameter._version for parameter in self._originals)
+        if version != self._version:
+            torch._foreach_copy_(self._halves, self._originals)
+            self._version = version
+        return self._copies

@@ -1,0 +1,73 @@
+"""From raw clips to embedded tokens: only the patches that are looked at are ever copied, normalised and projected.
+
+Legend: B clips, n tokens, D width, P numbers of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xkd_fast.reference import Encoder, interpolate_position, patchify
+
+
+def gather_patches(clip: Tensor, ids: Tensor, patch: Sequence[int]) -> Tensor:
+    """The patches ``ids`` of each clip, copied straight out of it; the other patches are never touched.
+
+    Args:
+        clip: video [B, C, T, H, W] or audio [B, 1, F, T].
+        ids: [B, n] token numbers in grid order.
+        patch: extent of a patch along each axis of the grid.
+
+    Returns:
+        [B, n, P], numbers in the order of ``reference.patchify``.
+    """
+    axes = len(patch)
+    split, grid = list(clip.shape[:2]), [size // extent for size, extent in zip(clip.shape[2:], patch, strict=True)]
+    for length, extent in zip(grid, patch, strict=True):
+        split += [length, extent]
+    cells = clip.reshape(split).permute(0, *range(2, 2 + 2 * axes, 2), *range(3, 3 + 2 * axes, 2), 1)
+    coordinates = []
+    rest = ids
+    for length in reversed(grid):
+        coordinates.append(rest % length)
+        rest = rest.div(length, rounding_mode="floor")
+    clips = torch.arange(len(clip), device=clip.device).unsqueeze(1)
+    return cells[(clips, *reversed(coordinates))].flatten(2)
+
+
+def embed(encoder: Encoder, clips: Sequence[Tensor], visible: Tensor | None) -> list[Tensor]:
+    """Tokens of several clips of one modality, embedded by one matrix product.
+
+    Args:
+        encoder: the embedding, positions and CLS token to use.
+        clips: clips of one modality; sizes may differ.
+        visible: [B, keep] tokens to take of the first clip; None = all.
+
+    Returns:
+        One [B, (1 +) n, D] per clip.
+    """
+    first, width = int(encoder.has_cls), encoder.position.shape[-1]
+    table = encoder.position[:, first:]
+    patches, positions = [], []
+    for index, clip in enumerate(clips):
+        if index == 0 and visible is not None:
+            patches.append(gather_patches(clip, visible, encoder.patch))
+            positions.append(F.embedding(visible, table[0]))
+        else:
+            grid = [size // extent for size, extent in zip(clip.shape[2:], encoder.patch, strict=True)]
+            patches.append(patchify(clip, encoder.patch))
+            positions.append(interpolate_position(table, encoder.grid, grid))
+    rows = encoder.patch_embedding(torch.cat([part.flatten(0, 1) for part in patches]))
+    embedded = []
+    parts = rows.split([part.shape[0] * part.shape[1] for part in patches])
+    for part, patch, position in zip(parts, patches, positions, strict=True):
+        tokens = part.view(*patch.shape[:2], width) + position
+        if encoder.has_cls:
+            cls_token = (encoder.cls_token + encoder.position[:, :1]).to(tokens.dtype).expand(len(tokens), -1, -1)
+            tokens = torch.cat([cls_token, tokens], dim=1)
+        embedded.append(tokens)
+    return embedded

@@ -1,0 +1,128 @@
+"""XKD as users train it: the reference's parameters and numbers, another way through them.
+
+What differs from ``reference.XKD``: only visible patches are gathered and embedded; all student tokens of a modality (in
+XKD-MAS and XKD-MATS of both) pass the blocks as one packed matrix; attention is fused; teachers keep no graph and never form
+an attention matrix; the decoder's last projections and the targets exist at masked positions only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from xkd_fast import reference
+from xkd_fast.data.views import MaskNoise, Views
+from xkd_fast.model.attention import choose
+from xkd_fast.model.autoencoder import decode_masked
+from xkd_fast.model.half import HalfCopy
+from xkd_fast.model.options import ModelOptions
+from xkd_fast.model.refine import refined_mean, refinement_weights
+from xkd_fast.model.tokens import embed, gather_patches
+from xkd_fast.model.vit import Group, pack, run_blocks, run_last_block, unpack
+from xkd_fast.objective.losses import Losses
+from xkd_fast.reference import MODALITIES, Network
+
+
+class XKD(reference.XKD):
+    """Drop-in for ``reference.XKD``: same options, state names, initial weights, arguments and losses."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        super().__init__(options)
+        self.attention = choose(options.attention)
+        self._half: HalfCopy | None = None
+
+    def forward(self, views: Views, masks: MaskNoise | None = None) -> Losses:
+        """Losses of one batch. ``masks`` fixes the mask noise, for replay and for exact resume."""
+        masks = masks or self.draw_masks(views)
+        clips = {"video": [views.video_global, *views.video_locals], "audio": [views.audio_global, *views.audio_locals]}
+        order = {m: noise.argsort(dim=1, stable=True) for m, noise in (("video", masks.video), ("audio", masks.audio))}
+
+        with torch.no_grad():
+            teacher_clip = 1 if self.options.teacher_view == "local" else 0
+            teacher_logits, weights = self.teach({m: clips[m][teacher_clip] for m in MODALITIES})
+        encoded = self.encode_students(clips, order)
+        predicted, student_logits = {}, {}
+        for modality in MODALITIES:
+            student = self.student(modality)
+            predicted[modality] = decode_masked(
+                self.decoder(modality), encoded[modality][0], order[modality], self.attention.attend
+            )
+            pooled = [student.encoder.patch_tokens(tokens).mean(dim=1) for tokens in encoded[modality]]
+            student_logits[modality] = student.head(torch.cat(pooled))
+
+        with torch.autocast(views.video_global.device.type, enabled=False):
+            return self.masked_objectives(clips, predicted, order, student_logits, teacher_logits, weights)
+
+    def encode_students(self, clips: dict[str, list[Tensor]], order: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+        """Both students on all their views, the first one masked: [B, (1 +) n, D] per view and modality."""
+        embedded = {m: embed(self.student(m).encoder, clips[m], visible=order[m][:, : self.keep(m)]) for m in MODALITIES}
+        encoded: dict[str, list[Tensor]] = {}
+        for together in self.passes("student"):
+            x, groups = pack([tokens for m in together for tokens in embedded[m]])
+            x = run_blocks(self.student(together[0]).encoder.blocks, x, groups, self.attention.attend)
+            rows = x.split([sum(tokens.shape[0] * tokens.shape[1] for tokens in embedded[m]) for m in together])
+            for modality, part in zip(together, rows, strict=True):
+                normed = self.student(modality).encoder.norm(part)
+                views = [Group(*tokens.shape[:2]) for tokens in embedded[modality]]
+                encoded[modality] = unpack(normed, views)
+        return encoded
+
+    def passes(self, role: str) -> list[tuple[str, ...]]:
+        """Which modalities of a role go through the blocks together: both where they share them."""
+        shared = ("mas", "mats") if role == "student" else ("mats",)
+        return [MODALITIES] if self.options.variant in shared else [(modality,) for modality in MODALITIES]
+
+    @torch.no_grad()
+    def teach(self, clips: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Both teachers on unmasked views: refined logits [B, K] and refinement weights [B, N] by modality."""
+        tokens, attention, logits, weights = {}, {}, {}, {}
+        teachers = self.teachers_for(clips["video"].device)
+        for together in self.passes("teacher"):
+            embedded = [embed(teachers[m].encoder, [clips[m]], visible=None)[0] for m in together]
+            x, groups = pack(embedded)
+            blocks = teachers[together[0]].encoder.blocks
+            x = run_blocks(blocks[:-1], x, groups, self.attention.attend)  # type: ignore[arg-type]
+            x, probabilities = run_last_block(
+                blocks[-1],  # type: ignore[arg-type]
+                x,
+                groups,
+                self.attention.attend,
+                has_cls=self.options.cls_token,
+            )
+            if len(probabilities) < len(together):  # both modalities of equal length share a group
+                probabilities = list(probabilities[0].split([len(part) for part in embedded]))
+            rows = x.split([part.shape[0] * part.shape[1] for part in embedded])
+            for modality, part, own, rest in zip(together, embedded, probabilities, rows, strict=True):
+                encoder = teachers[modality].encoder
+                tokens[modality] = encoder.patch_tokens(encoder.norm(rest).view_as(part))
+                attention[modality] = own
+        for own_name, other in (("video", "audio"), ("audio", "video")):
+            weights[own_name] = refinement_weights(attention[own_name], attention[other], self.options.refinement)
+            logits[own_name] = teachers[own_name].head(refined_mean(tokens[own_name], weights[own_name]))
+        return logits, weights
+
+    def teachers_for(self, device: torch.device) -> dict[str, Network]:
+        """The teachers to run: under autocast, copies whose linear weights are cast already."""
+        originals = {modality: self.teacher(modality) for modality in MODALITIES}
+        if not torch.is_autocast_enabled(device.type):
+            return originals
+        dtype, weight = torch.get_autocast_dtype(device.type), originals["video"].head.linear1.weight
+        if self._half is None or not self._half.follows(weight, dtype):
+            self._half = HalfCopy(nn.ModuleDict(originals), dtype)
+        copies = self._half.fresh()
+        return {modality: copies[modality] for modality in MODALITIES}  # type: ignore[misc]
+
+    def masked_objectives(
+        self,
+        clips: dict[str, list[Tensor]],
+        predicted: dict[str, Tensor],
+        order: dict[str, Tensor],
+        student: dict[str, Tensor],
+        teacher: dict[str, Tensor],
+        weights: dict[str, Tensor],
+    ) -> Losses:
+        """The reference's objectives, given predictions [B, N − keep, P] and targets of masked patches alone."""
+        patch = {"video": self.options.video.patch, "audio": self.options.audio.patch}
+        targets = {m: gather_patches(clips[m][0], order[m][:, self.keep(m) :], patch[m]) for m in MODALITIES}
+        recon = {m: reference.patch_error(predicted[m], targets[m]) for m in MODALITIES}
+        return self.combine(recon, student, teacher, weights)
