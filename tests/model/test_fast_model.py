@@ -14,6 +14,7 @@ from xkd_fast.model.build import build_model
 from xkd_fast.model.options import AudioOptions, ModelOptions, ObjectiveOptions, VideoOptions
 from xkd_fast.objective.losses import Losses
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 VIDEO = {n: VideoOptions(8, 24, n, 4, 16, 2, 8, mask_ratio=0.7) for n in range(4)}
 AUDIO = {n: AudioOptions(16, 64, n, 32, 4, 16, mask_ratio=0.6) for n in range(3)}
 SAME_LENGTHS = {  # 16 tokens of either: a packed group holds both modalities
@@ -52,19 +53,21 @@ def both(options: ModelOptions, dtype: torch.dtype) -> tuple[reference.XKD, refe
     return models[0], models[1]
 
 
-def step(model: reference.XKD, options: ModelOptions, dtype: torch.dtype) -> Losses:
+def step(model: reference.XKD, options: ModelOptions, dtype: torch.dtype, device: str = "cpu") -> Losses:
     """Forward and backward of one random batch."""
-    losses = model(*random_batch(options, 3, seed=5, dtype=dtype))
+    views, masks = random_batch(options, 3, seed=5, dtype=dtype)
+    losses = model(views.to(torch.device(device)), masks.to(torch.device(device)))
     losses.total.backward()
     return losses
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_equals_the_reference(name: str) -> None:
+def test_equals_the_reference(name: str, device: str) -> None:
     """Red if a token, view, position, mask or segment is mixed up, in any variant and option."""
     options = tiny_options(**OPTIONS[name])
-    plain, fast = both(options, torch.float64)
-    expected, got = (step(model, options, torch.float64) for model in (plain, fast))
+    plain, fast = (model.to(device) for model in both(options, torch.float64))
+    expected, got = (step(model, options, torch.float64, device) for model in (plain, fast))
     for term, value in expected.terms().items():
         assert got.terms()[term].item() == pytest.approx(value.item(), rel=1e-11), term
     for kind in ("student_logits", "teacher_logits", "refinement_weights", "teacher_means"):
