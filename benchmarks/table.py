@@ -15,9 +15,8 @@ def lines() -> list[str]:
         for row in result["rows"]:
             speeds = ", ".join(f"{name} {speed:.4g}" for name, speed in row["clips_per_second"].items())
             ratios = ", ".join(f"{ratio['median']:.2f} × {name}" for name, ratio in row["fast_against"].items())
-            found.append(
-                f"{result['model']}, {result['precision']}, {row['clips']} clips on {result['device']}: {speeds} clips/s; {ratios}"
-            )
+            what = f"{result['model']}, {result['precision']}, {row['clips']} clips on {result['device']}"
+            found.append(f"{what}: {speeds} clips/s; {ratios}")
     return found
 
 
