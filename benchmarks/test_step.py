@@ -14,6 +14,7 @@ import torch
 from benchmarks import measure, record
 from benchmarks.contestants import Contestant, Fast, Released, Strong, autocast
 from xkd_fast.data.views import MaskNoise, Views
+from xkd_fast.model.build import random_views
 from xkd_fast.model.options import (
     AudioOptions,
     DecoderOptions,
@@ -41,20 +42,6 @@ def model_options(variant: Variant, *, tiny: bool) -> ModelOptions:
     if variant != "xkd":
         sizes["video"] = VideoOptions(8, 32, 3, 4, 16) if tiny else VideoOptions(local_views=3)
     return ModelOptions(variant=variant, **sizes)
-
-
-def synthetic_views(options: ModelOptions, clips: int, device: torch.device) -> Views:
-    """Random views of the model's sizes."""
-    video, audio = options.video, options.audio
-    local = (clips, video.channels, video.local_frames, video.local_size, video.local_size)
-    return Views(
-        video_global=torch.randn(clips, video.channels, video.frames, video.size, video.size, device=device),
-        audio_global=torch.randn(clips, 1, audio.mel_bins, audio.frames, device=device),
-        video_locals=[torch.randn(local, device=device) for _ in range(video.local_views)],
-        audio_locals=[
-            torch.randn(clips, 1, audio.mel_bins, audio.local_frames, device=device) for _ in range(audio.local_views)
-        ],
-    )
 
 
 def timed(contestant: Contestant, views: Views, masks: MaskNoise) -> tuple[float, float]:
@@ -99,7 +86,7 @@ def test_step(measuring: bool, variant: Variant, precision: str) -> None:
     rows = []
     for clips in BATCHES[device.type] if measuring else (4,):
         torch.manual_seed(0)
-        views = synthetic_views(options, clips, device)
+        views = random_views(options, clips, device)
         entrants = contestants(options, device, dtype, compiled=compiled)
         masks = entrants[0].model.draw_masks(views)
         seconds: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}

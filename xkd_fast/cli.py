@@ -26,6 +26,7 @@ a first run, from nothing to a trained model:
 
 more:
   xkd-fast train --config xkd_base_k400 --print-config          every option of a recipe, explained
+  xkd-fast profile --config xkd_base_k400 --clips 4             where a step's time goes
   xkd-fast doctor                                               what this machine has, and what it lacks
   xkd-fast COMMAND --help                                       a command's arguments
 """
@@ -232,6 +233,42 @@ def train(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def profile(arguments: list[str]) -> int:
+    """Take a training step apart: time, arithmetic, tokens and memory of each part."""
+    from pathlib import Path
+
+    parser = _command_parser(
+        "profile",
+        "Take a training step on random views apart: time, FLOPs, tokens and kept memory of each part, and the share of this "
+        "machine's measured matrix-product peak that the step reaches. One process, no data.",
+        "  xkd-fast profile --config xkd_base_k400 --clips 32 --trace runs/step.json\n"
+        "  xkd-fast profile --config demo --clips 16 model.implementation=reference train.precision=bfloat16\n"
+        "  nsys profile xkd-fast profile --config xkd_base_k400 --nvtx",
+    )
+    parser.add_argument("--config", default="demo", help="YAML file, or the name of a shipped one (default: demo)")
+    parser.add_argument("--clips", type=int, help="clips per step (default: the configuration's train.micro_batch)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps (default: 5)")
+    parser.add_argument("--trace", metavar="FILE", type=Path, help="write a Chrome trace of one step, for Perfetto")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON")
+    parser.add_argument("--nvtx", action="store_true", help="mark every range for Nsight Systems")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="options that differ from the file")
+    given = parser.parse_intermixed_args(arguments)
+    from rich.console import Console
+
+    from xkd_fast.analysis.profile import profile as profile_step
+    from xkd_fast.analysis.profile import profile_table, write_json
+    from xkd_fast.config import load_config
+
+    config = load_config(given.config, given.overrides)
+    console = Console()
+    clips = config.train.micro_batch if given.clips is None else given.clips
+    result = profile_step(config, clips=clips, steps=given.steps, trace=given.trace, nvtx=given.nvtx, say=console.log)
+    console.print(profile_table(result))
+    if given.json is not None:
+        write_json(result, given.json)
+    return 0
+
+
 def doctor(arguments: list[str]) -> int:
     """Tell what this machine has of what XKD uses."""
     parser = _command_parser(
@@ -328,6 +365,7 @@ COMMANDS = {
     "train": Command("pretrain a model", train),
     "evaluate": Command("measure what a checkpoint has learnt", evaluate),
     "demo": Command("all of it on a small rendered data set, with a report", demo),
+    "profile": Command("take a training step apart: time, FLOPs, tokens and memory of each part", profile),
     "doctor": Command("tell what this machine has, and what follows from what it lacks", doctor),
 }
 

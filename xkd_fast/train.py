@@ -28,7 +28,9 @@ from xkd_fast.files import write_aside
 if TYPE_CHECKING:
     from xkd_fast.data.pipeline import ViewPipeline
     from xkd_fast.data.views import MaskNoise, Views
+    from xkd_fast.engine.engine import Engine
     from xkd_fast.engine.reporter import Reporter
+    from xkd_fast.engine.schedule import Schedule
 
 EXAMPLES = """examples:
   deepspeed xkd_fast/train.py                            train the demo; its data is rendered on first use
@@ -127,7 +129,7 @@ def run(config: Config, deepspeed: Any) -> None:
     last_step = min(schedule.total_steps, config.train.stop_after_steps or schedule.total_steps)
     stop = StopSignal()
     with pipeline, Reporter(config, engine, state.step, schedule) as reporter:
-        reporter.say(describe(config, engine.device, world_size, pipeline, schedule, path))
+        reporter.say(describe(config, engine, world_size, pipeline, schedule, path))
         batches = timed(pipeline.batches(*divmod(state.step, schedule.steps_per_epoch)), reporter)
         while state.step < last_step and not stop.agreed:
             moment = schedule.at(state.step)
@@ -185,13 +187,19 @@ def make_ready(config: Config) -> None:
         raise UserError(f"output = {output} cannot be written: {error.strerror}; name another folder") from error
 
 
-def describe(config: Config, device: Any, world_size: int, pipeline: ViewPipeline, schedule: Any, resumed: Path | None) -> str:
+def describe(
+    config: Config, engine: Engine, world_size: int, pipeline: ViewPipeline, schedule: Schedule, resumed: Path | None
+) -> str:
     """What is about to happen, in a few lines."""
     train, model = config.train, config.model
+    attention = getattr(engine.module, "attention", None)
+    choices = [f"attention: {attention.name}, {attention.reason}"] if attention else []
+    machine = f"{world_size} × {engine.device.type}, {train.precision}, ZeRO {train.zero_stage}"
     lines = [
-        f"{model.variant} ({model.implementation}) on {world_size} × {device.type}, {train.precision}, ZeRO {train.zero_stage}",
+        f"{model.variant} ({model.implementation}) on {machine}",
         f"{len(pipeline.shards)} clips; {train.global_batch} per step = {world_size} ranks × {train.micro_batch} "
         f"× {train.accumulation(world_size)} accumulated; {train.epochs} epochs × {schedule.steps_per_epoch} steps",
+        *choices,
         f"peak learning rate {schedule.base_learning_rate:.3g}; run folder {config.output}",
     ]
     if resumed is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from xkd_fast import reference
+from xkd_fast.data.views import Views
 from xkd_fast.model.options import ModelOptions
 from xkd_fast.model.xkd import XKD
 
@@ -16,3 +17,17 @@ def build_model(options: ModelOptions, *, seed: int) -> reference.XKD:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return IMPLEMENTATIONS[options.implementation](options)
+
+
+def random_views(options: ModelOptions, clips: int, device: torch.device) -> Views:
+    """Views of the model's sizes filled with noise."""
+    video, audio = options.video, options.audio
+    local = (clips, video.channels, video.local_frames, video.local_size, video.local_size)
+    return Views(
+        video_global=torch.randn(clips, video.channels, video.frames, video.size, video.size, device=device),
+        audio_global=torch.randn(clips, 1, audio.mel_bins, audio.frames, device=device),
+        video_locals=[torch.randn(local, device=device) for _ in range(video.local_views)],
+        audio_locals=[
+            torch.randn(clips, 1, audio.mel_bins, audio.local_frames, device=device) for _ in range(audio.local_views)
+        ],
+    )

@@ -14,6 +14,7 @@ from xkd_fast import reference
 from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.model.attention import choose
 from xkd_fast.model.autoencoder import decode_masked
+from xkd_fast.model.components import component
 from xkd_fast.model.half import HalfCopy
 from xkd_fast.model.options import ModelOptions
 from xkd_fast.model.refine import refined_mean, refinement_weights
@@ -37,20 +38,22 @@ class XKD(reference.XKD):
         clips = {"video": [views.video_global, *views.video_locals], "audio": [views.audio_global, *views.audio_locals]}
         order = {m: noise.argsort(dim=1, stable=True) for m, noise in (("video", masks.video), ("audio", masks.audio))}
 
-        with torch.no_grad():
+        with torch.no_grad(), component("teachers"):
             teacher_clip = 1 if self.options.teacher_view == "local" else 0
             teacher_logits, weights = self.teach({m: clips[m][teacher_clip] for m in MODALITIES})
-        encoded = self.encode_students(clips, order)
+        with component("students"):
+            encoded = self.encode_students(clips, order)
         predicted, student_logits = {}, {}
         for modality in MODALITIES:
-            student = self.student(modality)
-            predicted[modality] = decode_masked(
-                self.decoder(modality), encoded[modality][0], order[modality], self.attention.attend
-            )
-            pooled = [student.encoder.patch_tokens(tokens).mean(dim=1) for tokens in encoded[modality]]
-            student_logits[modality] = student.head(torch.cat(pooled))
+            with component("decoders"):
+                tokens = encoded[modality][0]
+                predicted[modality] = decode_masked(self.decoder(modality), tokens, order[modality], self.attention.attend)
+            with component("heads"):
+                student = self.student(modality)
+                pooled = [student.encoder.patch_tokens(tokens).mean(dim=1) for tokens in encoded[modality]]
+                student_logits[modality] = student.head(torch.cat(pooled))
 
-        with torch.autocast(views.video_global.device.type, enabled=False):
+        with component("objectives"), torch.autocast(views.video_global.device.type, enabled=False):
             return self.masked_objectives(clips, predicted, order, student_logits, teacher_logits, weights)
 
     def encode_students(self, clips: dict[str, list[Tensor]], order: dict[str, Tensor]) -> dict[str, list[Tensor]]:

@@ -1,0 +1,70 @@
+"""A step taken apart: the parts are all there and add up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from xkd_fast import cli
+from xkd_fast.analysis.profile import Profile, profile, tokens_of_parts
+from xkd_fast.config import load_config
+from xkd_fast.errors import UserError
+from xkd_fast.model.options import ModelOptions
+
+CONFIG = load_config("demo", ["model.encoder={width: 24, depth: 2, heads: 2}", "model.decoder={width: 16, depth: 1, heads: 2}"])
+FORWARD = ("teachers", "students", "decoders", "heads", "objectives")
+
+
+@pytest.fixture(scope="module")
+def result() -> Profile:
+    return profile(CONFIG, clips=2, steps=3, say=lambda text: None)
+
+
+def test_parts_are_named_and_their_arithmetic_adds_up(result: Profile) -> None:
+    """Red if a part is missing, counted twice, or blamed for another's arithmetic."""
+    parts = {part.name: part for part in result.parts}
+    assert tuple(parts) == (*FORWARD, "backward", "clip and AdamW", "teacher update")
+    assert all(part.seconds > 0 for part in result.parts)
+    trained = sum(parts[name].forward_flops for name in ("students", "decoders", "heads"))
+    once = trained + parts["teachers"].forward_flops
+    assert once < result.flops < once + 2.2 * trained  # a backward pass is twice the forward one, but for the first layers
+    assert result.utilisation == pytest.approx(result.flops / result.seconds / result.peak_flops_per_second)
+    assert 0 < result.trainable < result.parameters
+
+
+def test_teachers_keep_nothing(result: Profile) -> None:
+    """Red if a graph is kept for what is never differentiated, or kept memory is blamed on the wrong part."""
+    kept = {part.name: part.saved_bytes for part in result.parts}
+    assert kept["teachers"] == 0
+    assert min(kept[name] for name in ("students", "decoders", "heads", "objectives")) > 0
+
+
+def test_tokens_of_the_base_model() -> None:
+    """Red if CLS, local views or masking are forgotten: XKD.md section 2 gives the counts."""
+    tokens = tokens_of_parts(ModelOptions())
+    assert tokens == {
+        "teachers": 393 + 561,
+        "students": 60 + 73 + 113 + 141,
+        "decoders": 393 + 561,
+        "heads": 4,
+    }
+
+
+def test_command_writes_figures_and_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Red if the trace lacks the parts' ranges, or JSON and table disagree with the run."""
+    small = ["model.encoder={width: 24, depth: 1, heads: 2}", "model.decoder={width: 16, depth: 1, heads: 2}"]
+    files = ["--json", str(tmp_path / "step.json"), "--trace", str(tmp_path / "trace.json")]
+    assert cli.main(["profile", "--clips", "2", "--steps", "2", *files, *small]) == 0
+    assert "2 clips in" in capsys.readouterr().out
+    assert json.loads((tmp_path / "step.json").read_text())["clips"] == 2
+    names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert {f"xkd::{name}" for name in FORWARD} <= names
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [({"clips": 0}, "--clips 0"), ({"steps": 0}, "--steps 0")])
+def test_wrong_counts_are_named(arguments: dict[str, int], sentence: str) -> None:
+    """Red if a wrong count ends in a traceback."""
+    with pytest.raises(UserError, match=sentence):
+        profile(CONFIG, **({"clips": 2, "steps": 1} | arguments), say=lambda text: None)
