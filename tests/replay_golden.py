@@ -206,7 +206,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="a golden file, or the bare name of one in tests/golden")
     parser.add_argument("--impl", choices=("reference", "fast"), default="reference", help="which implementation to replay")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
-    parser.add_argument("--tolerance", type=float, help="largest error allowed; default 1e-6 in float64, 5e-4 in float32")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        help="largest error allowed of any kind; default: losses 1e-9 (MAS, MATS 1e-8) and the rest 1e-6; in float32 5e-4",
+    )
     args = parser.parse_args(arguments)
     path = args.file if args.file.exists() else GOLDEN / f"{args.file.name.removesuffix('.safetensors')}.safetensors"
     if not path.exists():
@@ -214,14 +218,16 @@ def main(arguments: list[str] | None = None) -> int:
     golden = Golden.read(path)
     errors = replay(golden, getattr(torch, args.dtype), args.impl)
     # float32: a gradient of 3e-8 beside AdamW's eps of 1e-8 turns one rounding into 2e-4 of a weight
-    tolerance = args.tolerance or {"float64": 1e-6, "float32": 5e-4}[args.dtype]
-    largest = max(error for error, _ in errors.worst.values())
+    usual = {"float64": 1e-6, "float32": 5e-4}[args.dtype] if args.tolerance is None else args.tolerance
+    tolerance = dict.fromkeys(errors.worst, usual)
+    if args.tolerance is None and args.dtype == "float64":  # MAS and MATS: the released second clipping pass is ~1e-9
+        tolerance["losses"] = 1e-9 if golden.settings["variant"] == "XKD" else 1e-8
     report = {
         "file": path.name,
         "implementation": args.impl,
         "dtype": args.dtype,
         "tolerance": tolerance,
-        "passed": largest <= tolerance,
+        "passed": all(error <= tolerance[kind] for kind, (error, _) in errors.worst.items()),
         "errors": {kind: error for kind, (error, _) in errors.worst.items()},
         "worst": {kind: name for kind, (_, name) in errors.worst.items()},
         "compared": dict(errors.compared),

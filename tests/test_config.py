@@ -512,3 +512,9 @@ def test_accumulation():
         assert advice is not None
         changed = dataclasses.replace(train, **{advice.group(1): int(advice.group(2))})
         assert changed.accumulation(ranks) >= 1
+
+
+def test_an_mlp_without_hidden_numbers_is_refused():
+    """Catches a model whose MLPs have width 0 and train without a word."""
+    with pytest.raises(UserError, match=r"model\.mlp_ratio = 0\.001 leaves no hidden number at model\.encoder\.width = 96"):
+        load_config("demo", ["model.mlp_ratio=0.001"])

@@ -1,4 +1,4 @@
-"""Who may import whom: the order of the packages, and what runs with torch alone (DESIGN.md)."""
+"""Who may import whom: the order of the packages, and what runs with torch alone; the map is CONTRIBUTING.md."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def golden(request):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "fast"])
-def test_float64_replay_stays_within_the_issue_tolerances(golden, implementation):
+def test_float64_replay_stays_within_its_tolerances(golden, implementation):
     """Any slip in model, losses, clipping, AdamW, EMA or centres of any variant."""
     errors = replay(golden, torch.float64, implementation)
     losses = 1e-9 if golden.settings["variant"] == "XKD" else 1e-8
@@ -112,6 +112,9 @@ def test_command_line_prints_one_json_object_and_exits_by_the_tolerance(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] and set(report["errors"]) == set(report["compared"]) == set(report["worst"])
     assert report["compared"] | {"losses": 30, "centres": 2, "teachers": 76} == report["compared"]
+    assert report["tolerance"]["losses"] == 1e-9 < report["tolerance"]["weights"] == 1e-6
+    assert main(["xkd_local", "--tolerance", "0"]) == 1
+    capsys.readouterr()
     assert main(["xkd_local", "--tolerance", "1e-9"]) == 1
     assert json.loads(capsys.readouterr().out)["passed"] is False
     with pytest.raises(SystemExit) as stopped:

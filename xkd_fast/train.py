@@ -98,6 +98,7 @@ def run(config: Config, deepspeed: Any) -> None:
     """One run inside a process group: data, model, loop."""
     import torch.distributed as dist
 
+    from xkd_fast.data.decode import require_dali
     from xkd_fast.data.pipeline import ViewPipeline
     from xkd_fast.data.shards import ShardSet
     from xkd_fast.engine.checkpoint import Checkpoints, TrainState
@@ -107,6 +108,7 @@ def run(config: Config, deepspeed: Any) -> None:
     from xkd_fast.engine.schedule import Schedule
     from xkd_fast.model.build import build_model
 
+    require_dali()
     world_size = dist.get_world_size()
     set_threads(config.train.threads)
     checkpoints = Checkpoints.from_config(config)

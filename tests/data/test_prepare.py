@@ -119,7 +119,7 @@ def test_every_source_is_written_once_or_skipped_for_a_reason(mixed: Path, prepa
         assert details["class"] == expected
         assert record.label == (-1 if expected is None else shards.classes.index(expected))
         assert (record.frames, record.samples, record.height, record.width) == (5, 10000, 16, 22)
-        assert (details["duration"], details["audio_offset"]) == (5 / 8, 0)
+        assert (details["duration"], details["offset"]) == (5 / 8, 0)
         row = rows[details["source"]]
         assert (row["key"], row["shard"], row["frames"]) == (record.key, Path(record.shard).name, "5")
     assert set(seen) == set(rows) - set(skipped) and len(set(seen.values())) == 16

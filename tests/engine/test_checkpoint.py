@@ -6,13 +6,18 @@ import json
 import random
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
+from xkd_fast.config import load_config
 from xkd_fast.engine.checkpoint import Checkpoints, TrainState, random_states, read_state, restore_random_states
+from xkd_fast.engine.launch import free_port
 from xkd_fast.errors import UserError
+from xkd_fast.weights import write_safetensors
 
 STATE = TrainState(step=12, seed=0, samples=100, global_batch=8, world_size=2, zero_stage=1)
 
@@ -76,6 +81,30 @@ def test_unreadable_state_is_one_clear_error(tmp_path: Path) -> None:
     (path / "state.json").write_text('{"step": 3, "se')
     with pytest.raises(UserError, match="cannot be read"):
         read_state(path)
+
+
+def test_loading_restores_this_ranks_random_states(tmp_path: Path) -> None:
+    """Red if a resumed run draws what another rank, or a fresh run, would."""
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    config = load_config("demo")
+    path = make(tmp_path, 12)
+    (path / "options.json").write_text(json.dumps(config.as_dict()))
+    write_safetensors({"weight": torch.ones(1)}, path / "model.safetensors", {})
+    torch.save(random_states(), path / "random-00000.pt")
+    expected = draw()
+    engine = SimpleNamespace(
+        deepspeed=SimpleNamespace(load_checkpoint=lambda *_, **__: ("found", {})),
+        module=SimpleNamespace(load_state_dict=lambda state: None),
+    )
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    try:
+        assert Checkpoints.load(engine, path, STATE, config) == STATE  # type: ignore[arg-type]
+    finally:
+        dist.destroy_process_group()
+    assert draw() == expected
 
 
 def test_random_states_round_trip(tmp_path: Path) -> None:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from xkd_fast.engine.launch import StopSignal, first_rank_first, free_port, local_world_size, set_threads, start_deepspeed
+from xkd_fast.engine.launch import (
+    StopSignal,
+    first_rank_first,
+    free_port,
+    local_world_size,
+    require_build_tools,
+    set_threads,
+    start_deepspeed,
+)
 from xkd_fast.errors import UserError
 
 
@@ -75,3 +84,15 @@ def test_asking_for_a_gpu_that_is_not_there_is_refused() -> None:
     """Red if train.device=cuda silently trains on the CPU."""
     with pytest.raises(UserError, match=r"train\.device"):
         start_deepspeed("cuda")
+
+
+def test_missing_build_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Red if a machine without a compiler gets ninja's log, or an environment that is not activated a traceback."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"no-such-compiler is not found; install g\+\+"):
+        require_build_tools()  # ninja is found beside this Python
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="ninja is not found; install it: pip install ninja"):
+        require_build_tools()

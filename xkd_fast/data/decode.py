@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,21 @@ def _reason(error: BaseException) -> str:
     return " ".join(text.split("C++ context")[0].split())[:300]
 
 
+def require_dali() -> None:
+    """Make sure that DALI is there, best before hours go into data.
+
+    Raises:
+        UserError: saying what to install.
+    """
+    try:
+        importlib.import_module("nvidia.dali.pipeline")
+    except ImportError as error:
+        raise UserError(
+            "NVIDIA DALI, which decodes the shards, is not installed; install xkd-fast[cuda13] (on a machine without a GPU "
+            f"too) or xkd-fast[cuda12] ({error})"
+        ) from error
+
+
 class ClipDecoder:
     """A DALI pipeline fed by hand, batch by batch, of any size up to ``batch_size``.
 
@@ -77,14 +93,10 @@ class ClipDecoder:
         self._pipeline = self._build()
 
     def _build(self) -> Any:
-        try:
-            from nvidia.dali import fn, types
-            from nvidia.dali.pipeline import Pipeline
-        except ImportError as error:
-            raise UserError(
-                "NVIDIA DALI, which decodes the shards, is not installed; install xkd-fast[cuda13] (on a machine without a GPU "
-                f"too) or xkd-fast[cuda12] ({error})"
-            ) from error
+        require_dali()
+        from nvidia.dali import fn, types
+        from nvidia.dali.pipeline import Pipeline
+
         pipeline = Pipeline(
             batch_size=self.batch_size, num_threads=self.threads, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
         )

@@ -174,7 +174,7 @@ class ViewPipeline:
         world_size: number of processes.
         micro_batch: clips per process and micro-batch.
         accumulation: micro-batches per step.
-        device: where batches are put; decoding and augmentation run on the CPU.
+        pinned: whether `batches` gives page-locked memory, from which a GPU copies without being waited for.
 
     Raises:
         ValueError: sizes that do not fit the model.
@@ -194,7 +194,7 @@ class ViewPipeline:
         accumulation: int = 1,
         rank: int = 0,
         world_size: int = 1,
-        device: torch.device | str = "cpu",
+        pinned: bool = False,
     ) -> None:
         check_against_model(data, mel, model)
         check_against_shards(data, shards)
@@ -205,7 +205,7 @@ class ViewPipeline:
         self.shape = view_shape(data, model)
         self.damaged: list[DamagedSample] = []  # each occurrence, as met by this process
         self._told = 0  # how many of them `damage` has given out
-        self.device = torch.device(device)
+        self.pinned = pinned
         self._maker = ViewMaker(self.shape, augment, mel)
         self._decoder = ClipDecoder(micro_batch, data.threads)
         self._pool = single_threaded_pool(data.threads)
@@ -225,6 +225,7 @@ class ViewPipeline:
             accumulation=config.train.accumulation(world_size),
             rank=rank,
             world_size=world_size,
+            pinned=config.train.device != "cpu" and torch.cuda.is_available(),
         )
 
     def damage(self) -> list[DamagedSample]:
@@ -241,8 +242,7 @@ class ViewPipeline:
         self._stop_prefetching()
         prefetcher = self._prefetcher = Prefetcher(self._make(epoch, step), self.data.prefetch)
         try:
-            for views, noise in prefetcher:
-                yield views.to(self.device), noise.to(self.device)
+            yield from prefetcher
         finally:
             prefetcher.close()
 
@@ -251,7 +251,7 @@ class ViewPipeline:
         for place in itertools.count(epoch * steps + step):
             for micro in range(self.sampler.accumulation):
                 views, noise = self.batch(*divmod(place, steps), micro)
-                yield (views.pin_memory(), noise) if self.device.type == "cuda" else (views, noise)
+                yield (views.pin_memory(), noise.pin_memory()) if self.pinned else (views, noise)
 
     def batch(self, epoch: int, step: int, micro: int = 0) -> tuple[Views, MaskNoise]:
         """One micro-batch of this rank, made now, in host memory. Not while `batches` runs."""

@@ -365,7 +365,7 @@ def _store(
                 "class": source.class_name,
                 "source": source.name,
                 "duration": result.frames / fps,
-                "audio_offset": result.audio_offset,
+                "offset": result.audio_offset,
             },
         )
     )

@@ -164,8 +164,12 @@ class MaskNoise:
     audio: Tensor  # [B, audio tokens], in [0, 1)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> MaskNoise:
-        """The noise on ``device``."""
+        """The noise on ``device``; asynchronous from pinned memory."""
         return MaskNoise(self.video.to(device, non_blocking=non_blocking), self.audio.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> MaskNoise:
+        """The noise in page-locked host memory."""
+        return MaskNoise(self.video.pin_memory(), self.audio.pin_memory())
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""The training step under DeepSpeed: one optimiser step is a function of the global batch alone.
+"""The training step under DeepSpeed: one optimiser step is a function of the global batch.
+
+The exception is the MMD, which compares the rows of a micro-batch: of each rank (``mmd_scope: rank``, as released) or of all.
 
 Order within a step, for every micro-batch: forward, backward; then once: gradient reduction, per-tensor clipping, AdamW,
 teachers, centres. Losses use the centres as they were before the step; the centres' new value is the mean over all

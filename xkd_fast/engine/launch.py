@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
+import sys
+import sysconfig
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,12 +30,13 @@ def start_deepspeed(device: str = "auto") -> Any:
     Ranks come from the environment (``deepspeed``, ``torchrun``); without one, a single process trains alone.
 
     Raises:
-        UserError: ``cuda`` is asked for and there is none.
+        UserError: ``cuda`` is asked for and there is none, or what DeepSpeed compiles its CPU communication with is missing.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device = cuda, but torch sees no GPU here; set train.device=cpu or auto")
     if device == "cpu" or not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
+        require_build_tools()
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -44,6 +49,29 @@ def start_deepspeed(device: str = "auto") -> Any:
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)
     return deepspeed
+
+
+def require_build_tools() -> None:
+    """Make sure that DeepSpeed can compile its communication on the CPU, which it does at first use.
+
+    Ninja is looked for in this Python's own bin folder too, as if its environment had been activated.
+
+    Raises:
+        UserError: naming what is missing and how to install it.
+    """
+    own = str(Path(sys.executable).parent)
+    if own not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = f"{own}{os.pathsep}{os.environ.get('PATH', '')}"
+    compiler = os.environ.get("CXX", "c++")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    needed = (
+        (shutil.which("ninja"), "ninja is not found; install it: pip install ninja"),
+        (shutil.which(compiler), f"the C++ compiler {compiler} is not found; install g++ (Debian, Ubuntu: apt install g++)"),
+        (header.exists(), f"{header} is missing; install Python's headers (Debian, Ubuntu: apt install python3-dev)"),
+    )
+    for found, sentence in needed:
+        if not found:
+            raise UserError(f"DeepSpeed compiles its communication on the CPU, but {sentence}")
 
 
 def free_port() -> int:

@@ -78,7 +78,7 @@ class StepMetrics:
             named = [name for name in culprits if name not in sums] or culprits
             raise NonFiniteLoss(
                 f"{', '.join(named)} became NaN or infinite at step {start}; training stopped, the last checkpoint is intact. "
-                "Resume from it (checkpoint.resume=auto) with a lower optimizer.lr, or with train.precision=float32"
+                "Start a new run (another output) with a lower optimizer.lr, or with train.precision=float32"
             )
 
     def report(self) -> dict[str, float]:

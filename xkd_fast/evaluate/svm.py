@@ -503,7 +503,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--untrained", action="store_true", help="evaluate the same model at initialisation, the baseline")
     add("--batch", type=int, default=default.batch, metavar="N", help="clips encoded at a time (default: 16)")
     add("--device", choices=DEVICES, default=default.device, help="auto, cpu or cuda (default: auto)")
-    add("--output", type=Path, metavar="DIR", help="write svm.json there")
+    add("--output", type=Path, metavar="DIR", help="write svm.json there (default: the table is printed, nothing is written)")
 
 
 def run(args: argparse.Namespace) -> int:

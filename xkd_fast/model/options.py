@@ -308,7 +308,12 @@ class ModelOptions:
     objective: ObjectiveOptions = section(ObjectiveOptions, "loss weights, temperatures, centre and MMD")
 
     def __post_init__(self) -> None:
-        require(self.mlp_ratio > 0, f"model.mlp_ratio = {self.mlp_ratio} must be above 0")
+        for name, width in (("encoder", self.encoder.width), ("decoder", self.decoder.width)):
+            require(
+                int(width * self.mlp_ratio) >= 1,
+                f"model.mlp_ratio = {self.mlp_ratio} leaves no hidden number at model.{name}.width = {width}; "
+                f"it must be at least {1 / width:.3g}",
+            )
         if self.teacher_view == "local":
             for name, views in (("video", self.video.local_views), ("audio", self.audio.local_views)):
                 require(

@@ -1,0 +1,49 @@
+"""What every figure says about itself: machine, versions, commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("numpy", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "scikit-learn", "triton", "xformers")
+OF_THE_CODE = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)README.md")  # what decides a figure
+
+
+def device_name() -> str:
+    """The accelerator, or the CPU model with the threads torch uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def provenance() -> dict[str, Any]:
+    """Device, versions and commit; ``dirty`` where a tracked file but a result or the README differs from the commit."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+        return done.stdout.strip()
+
+    return {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "commit": git("rev-parse", "HEAD") or None,
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", *OF_THE_CODE)),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
