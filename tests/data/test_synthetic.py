@@ -315,6 +315,17 @@ def test_fewer_clips_leave_no_surplus_and_more_keep_the_old(tmp_path: Path) -> N
     assert render_dataset(tmp_path, TINY) == 3
 
 
+def test_a_disk_that_is_full_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a traceback for a user's full disk."""
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("xkd_fast.data.synthetic.dataset.write_clip", full)
+    with pytest.raises(UserError, match=r"clip_000000\.mp4 failed .*No space left.*make room"):
+        render_dataset(tmp_path, TINY)
+
+
 def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     """Would catch rendering into, or deleting from, a folder of somebody's own videos."""
     mine = tmp_path / "slide" / "clip_000000.mp4"

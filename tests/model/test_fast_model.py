@@ -11,6 +11,7 @@ from benchmarks.measure import launches, saved_bytes
 from tests.tiny import random_batch, tiny_options
 from xkd_fast import reference
 from xkd_fast.engine.ema import TeacherUpdate
+from xkd_fast.errors import UserError
 from xkd_fast.model.build import build_model
 from xkd_fast.model.options import AudioOptions, ModelOptions, ObjectiveOptions, VideoOptions
 from xkd_fast.objective.losses import Losses
@@ -136,7 +137,7 @@ def test_an_attention_that_cannot_run_says_why() -> None:
     """Red if an explicit choice falls back silently."""
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
-    with pytest.raises(ValueError, match=r"model\.attention = xformers cannot run here .*use sdpa or auto"):
+    with pytest.raises(UserError, match=r"model\.attention = xformers cannot run here .*use sdpa or auto"):
         build_model(tiny_options(attention="xformers"), seed=0)
 
 

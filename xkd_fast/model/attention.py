@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xkd_fast.errors import UserError
+
 # q: [B, h, n, d], k and v: [B, h, N, d] → [B, n, h·d]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -100,7 +102,7 @@ def choose(name: str) -> Attention:
     """The backend ``name``; ``auto`` takes :func:`automatic`.
 
     Raises:
-        ValueError: a backend that is unknown, or that cannot run here; says why, and what can.
+        UserError: a backend that is unknown, or that cannot run here; says why, and what can.
     """
     if name == "auto":
         return Attention("sdpa", "but for bfloat16 on a CPU, where recompute is measured to be faster", automatic)
@@ -115,10 +117,10 @@ def choose(name: str) -> Attention:
             return Attention(name, "asked for", _xformers())
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(
+            raise UserError(
                 f"model.attention = xformers cannot run here ({type(error).__name__}: {reason}); use sdpa or auto"
             ) from error
-    raise ValueError(f"model.attention = {name} is not one of auto, {', '.join(BACKENDS)}")
+    raise UserError(f"model.attention = {name} is not one of auto, {', '.join(BACKENDS)}")
 
 
 def patch_probabilities(q: Tensor, k: Tensor, *, has_cls: bool) -> Tensor:

@@ -100,7 +100,7 @@ def render_dataset(
         Number of clips rendered now.
 
     Raises:
-        UserError: ``root`` holds something else, or ``workers`` is below 1.
+        UserError: ``root`` holds something else, ``workers`` is below 1, or a clip cannot be rendered or written.
     """
     require_workers(workers)
     root = Path(root)
@@ -128,7 +128,10 @@ def render_dataset(
         progress(present, len(planned))
     for count, outcome in enumerate(_outcomes(tasks, workers), start=1):
         if outcome.failure is not None:
-            raise RuntimeError(f"rendering {tasks[outcome.index][0]} failed ({outcome.failure}): {outcome.detail}")
+            raise UserError(
+                f"rendering {tasks[outcome.index][0]} failed ({outcome.failure}: {outcome.detail}); make room where it is "
+                "written or name another folder; the same command goes on with what is missing"
+            )
         if progress is not None:
             progress(present + count, len(planned))
     return len(tasks)
@@ -137,7 +140,11 @@ def render_dataset(
 def _outcomes(tasks: list[tuple[str, str, int, SyntheticOptions]], workers: int) -> Iterator[Outcome]:
     if workers == 1:
         for index, task in enumerate(tasks):
-            render_file(task)
-            yield Outcome(index)
+            try:
+                render_file(task)
+            except OSError as error:  # a full disk, a folder that went away
+                yield Outcome(index, failure="raised", detail=f"{type(error).__name__}: {error}")
+            else:
+                yield Outcome(index)
     else:
         yield from run_tasks("xkd_fast.data.synthetic.dataset:render_file", tasks, workers=workers, seconds=300.0)
