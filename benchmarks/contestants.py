@@ -5,7 +5,8 @@ A step is forward, backward, per-tensor clipping, AdamW, both teachers and centr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -19,10 +20,8 @@ from xkd_fast.engine.ema import TeacherUpdate
 from xkd_fast.engine.optimizer import ClippedAdamW, group_parameters
 from xkd_fast.model.build import build_model
 from xkd_fast.model.options import ModelOptions
-from xkd_fast.objective.losses import Losses
 
 LR, BETAS, WEIGHT_DECAY, MAX_NORM, MOMENTUM = 1e-4, (0.9, 0.95), 0.3, 0.3, 0.997
-Step = Callable[[Views, MaskNoise], Losses]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -30,7 +29,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-class Contestant:
+class Contestant(ABC):
     """A model with its whole step."""
 
     name: str
@@ -43,9 +42,9 @@ class Contestant:
         """The model, its weights those of seed 0."""
         return build_model(replace(options, implementation="reference"), seed=0)
 
+    @abstractmethod
     def step(self, views: Views, masks: MaskNoise) -> Tensor:
         """One whole step; returns the loss, not yet waited for."""
-        raise NotImplementedError
 
 
 class Released(Contestant):
@@ -103,13 +102,12 @@ class FewLaunches(Contestant):
         self.optimizer = ClippedAdamW(groups, lr=LR, betas=BETAS, eps=1e-8, clip_norm=MAX_NORM)
         video, audio = ((self.model.student(m), self.model.teacher(m)) for m in reference.MODALITIES)
         self.update_teachers = TeacherUpdate(video, audio)
-        self.forward: Step = self.model
 
     def step(self, views: Views, masks: MaskNoise) -> Tensor:
         """One whole step."""
         self.optimizer.zero_grad()
         with autocast(self.device, self.dtype):
-            losses = self.forward(views, masks)
+            losses = self.model(views, masks)
         losses.total.backward()
         self.optimizer.step()
         self.update_teachers(MOMENTUM, MOMENTUM)

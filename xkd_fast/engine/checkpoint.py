@@ -183,8 +183,19 @@ class Checkpoints:
 
 # What may change between a run and its continuation without changing its course.
 FREE_OPTIONS = frozenset(
-    """output log checkpoint train.threads train.device train.stop_after_steps
-    data.threads data.prefetch data.demo data.train data.on_corrupt""".split()  # noqa: SIM905
+    {
+        "output",
+        "log",
+        "checkpoint",
+        "train.threads",
+        "train.device",
+        "train.stop_after_steps",
+        "data.threads",
+        "data.prefetch",
+        "data.demo",
+        "data.train",
+        "data.on_corrupt",
+    }
 )
 
 
