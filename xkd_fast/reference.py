@@ -274,12 +274,20 @@ def mmd_loss(x: Tensor, y: Tensor, gammas: Sequence[float]) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """All ranks' rows, differentiable: [n, K] → [world·n, K]. The gradient is right after the usual average over ranks."""
+    """All ranks' rows, differentiable: [n, K] → [world·n, K], for a loss that every rank computes alike from all of them.
+
+    The ranks' losses then have one gradient for these rows, which is multiplied by the number of ranks here because the
+    usual average over ranks divides by it. Nothing is sent in the backward pass.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(list(all_gather(rows.contiguous())))
+    world = dist.get_world_size()
+    gathered = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world)]
+    dist.all_gather(gathered, rows.detach().contiguous())
+    own = gathered[dist.get_rank()] = rows.clone()
+    if own.requires_grad:
+        own.register_hook(lambda gradient: gradient * world)
+    return torch.cat(gathered)
 
 
 # -------------------------------------------------------------------------------------------------------------- the model
