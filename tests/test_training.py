@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -63,18 +66,27 @@ def rows(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def start_and_kill(arguments: list[str], output: Path, steps: int) -> None:
-    """Start a run and SIGKILL the launcher and every rank once ``steps`` are logged."""
-    with open(output.parent / "killed.log", "w") as log:
-        launcher = subprocess.Popen(arguments, cwd=REPOSITORY, env=environment(), stdout=log, stderr=log)
+@contextmanager
+def training(arguments: list[str], output: Path, steps: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A run in the background that has logged ``steps``; what it prints is in ``OUTPUT.log``."""
+    path = output.with_suffix(".log")
+    with open(path, "w") as log:
+        process = subprocess.Popen(arguments, cwd=REPOSITORY, env=environment(), stdout=log, stderr=log)
         deadline = time.monotonic() + 600
         while len(rows(output)) < steps:
-            assert launcher.poll() is None and time.monotonic() < deadline, (output.parent / "killed.log").read_text()[-4000:]
+            assert process.poll() is None and time.monotonic() < deadline, path.read_text()[-4000:]
             time.sleep(0.02)
-        family = [launcher, *psutil.Process(launcher.pid).children(recursive=True)]
-        for process in family:
+        yield process
+        if process.poll() is None:
             process.kill()
-        launcher.wait()
+            process.wait()
+
+
+def start_and_kill(arguments: list[str], output: Path, steps: int) -> None:
+    """Start a run and SIGKILL the launcher and every rank once ``steps`` are logged."""
+    with training(arguments, output, steps) as launcher:
+        for process in [launcher, *psutil.Process(launcher.pid).children(recursive=True)]:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -180,18 +192,41 @@ def test_plain_python_trains_in_bfloat16(uninterrupted: tuple[Path, Path, str]) 
     assert rows(output)[-1]["total"] == pytest.approx(rows(whole)[2]["total"], rel=0.05)
 
 
-def test_sigterm_leaves_a_checkpoint_and_ends_well(uninterrupted: tuple[Path, Path, str]) -> None:
-    """Red if a scheduler's warning costs the work since the last checkpoint."""
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_a_request_to_stop_leaves_a_checkpoint(uninterrupted: tuple[Path, Path, str], number: signal.Signals) -> None:
+    """Red if a scheduler's warning or Ctrl-C costs the work since the last checkpoint."""
     whole, data, _ = uninterrupted
-    output = whole.parent / "terminated"
+    output = whole.parent / number.name
     arguments = [sys.executable, *command(output, data, "checkpoint.every_steps=0", "train.epochs=50")[5:]]
-    with open(whole.parent / "terminated.log", "w") as log:
-        process = subprocess.Popen(arguments, cwd=REPOSITORY, env=environment(), stdout=log, stderr=log)
-        deadline = time.monotonic() + 600
-        while len(rows(output)) < 3:
-            assert process.poll() is None and time.monotonic() < deadline, (whole.parent / "terminated.log").read_text()[-3000:]
-            time.sleep(0.02)
-        process.terminate()
+    with training(arguments, output, steps=3) as process:
+        process.send_signal(number)
         assert process.wait(timeout=300) == 0
     (checkpoint,) = (output / "checkpoints").glob("step-*")
     assert int(checkpoint.name.removeprefix("step-")) == rows(output)[-1]["step"] < 300
+    assert "asked to stop" in output.with_suffix(".log").read_text()
+
+
+def test_ending_the_demo_ends_its_training_too(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if ranks train on unattended, lose their work, or let a second run into their folder."""
+    whole, data, _ = uninterrupted
+    output = whole.parent / "demo"
+    more = command(output, data, "checkpoint.every_steps=0", "train.epochs=50")[6:]
+    with training([sys.executable, "-m", "xkd_fast.cli", "demo", *more], output, steps=3) as process:
+        family = psutil.Process(process.pid).children(recursive=True)
+        second = run([sys.executable, "xkd_fast/train.py", *more, "--resume", "auto"], code=2)
+        assert f"output = {output}: another run is training there" in second and "Traceback" not in second
+        process.terminate()
+        assert process.wait(timeout=300) == 128 + signal.SIGTERM
+    assert not psutil.wait_procs(family, timeout=30)[1]
+    (checkpoint,) = (output / "checkpoints").glob("step-*")
+    assert int(checkpoint.name.removeprefix("step-")) == rows(output)[-1]["step"] < 300
+    printed = output.with_suffix(".log").read_text()
+    assert f"goes on from {checkpoint}" in printed and "Traceback" not in printed
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if a wrong option leaves a run's folder behind."""
+    whole, data, _ = uninterrupted
+    output = whole.parent / "unstarted"
+    printed = run([sys.executable, *command(output, data, f"data.train=[{whole.parent}/nowhere]")[5:]], code=2)
+    assert "nowhere" in printed and not output.exists()

@@ -230,7 +230,7 @@ def train(arguments: list[str]) -> int:
     """Pretrain, in this process alone; `deepspeed xkd_fast/train.py` and `torchrun` take the same arguments."""
     from xkd_fast.train import main as run
 
-    return run(arguments)
+    return run(arguments, program="xkd-fast train")
 
 
 def profile(arguments: list[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from xkd_fast.analysis.provenance import provenance
     from xkd_fast.data.decode import require_dali
     from xkd_fast.data.rendered import ensure_rendered
+    from xkd_fast.engine.checkpoint import Checkpoints
 
     require_dali()
     console, start, origin = Console(), time.perf_counter(), provenance()
@@ -69,7 +70,12 @@ def run(args: argparse.Namespace) -> int:
     stage("1  Render videos and prepare shards")
     ensure_rendered(config, console, workers=os.cpu_count() or 1)
     stage(f"2  Pretrain {config.model.variant.upper()} on {args.processes} processes")
-    pretrain(args.config, args.overrides, args.processes)
+    stopped = pretrain(args.config, args.overrides, args.processes)
+    if stopped is not None:
+        saved = Checkpoints.from_config(config).found()
+        place = f"from {saved[-1]}" if saved else "with the training's first step"
+        print(f"stopped by {signal.Signals(stopped).name}; the same command again goes on {place}", file=sys.stderr)
+        return 128 + stopped
     stage("3  Evaluate frozen features with linear SVMs")
     reports = evaluate(config, console)
     stage("4  Report")
@@ -90,26 +96,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def pretrain(config: str, overrides: list[str], processes: int) -> None:
+def pretrain(config: str, overrides: list[str], processes: int) -> int | None:
     """Train under the ``deepspeed`` launcher, resuming where an earlier run stopped.
+
+    Returns:
+        The signal that stopped it early; None if it ended by itself.
 
     Raises:
         UserError: if training fails; its own message stands above.
     """
     import torch
 
-    from xkd_fast.engine.launch import free_port
+    from xkd_fast.engine.launcher import launcher_command, run_launcher
 
-    launcher = Path(sys.executable).with_name("deepspeed")
-    script = Path(__file__).with_name("train.py")
-    command = [str(launcher), "--log_level", "error", "--num_accelerators", str(processes), "--master_port", str(free_port())]
-    command += [str(script), "--config", config, "--resume", "auto", *overrides]
-    environment = dict(os.environ, PATH=f"{launcher.parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    arguments = ["--config", config, "--resume", "auto", *overrides]
+    command = launcher_command(processes, Path(__file__).with_name("train.py"), arguments)
+    environment = dict(os.environ, PATH=f"{Path(command[0]).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
-    code = subprocess.run(command, env=environment, check=False).returncode
-    if code:
+    code, stopped = run_launcher(command, environment)
+    if code and stopped is None:
         raise UserError(f"training ended with exit code {code}; its message stands above. The command was: {' '.join(command)}")
+    return stopped
 
 
 def finished_checkpoint(config: Config) -> Path:

@@ -40,9 +40,9 @@ EXAMPLES = """examples:
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line of the job; returns the exit code."""
-    args = parse_arguments(arguments)
+def main(arguments: list[str] | None = None, program: str = "deepspeed xkd_fast/train.py") -> int:
+    """Command line of the job, which its help calls ``program``; returns the exit code."""
+    args = parse_arguments(arguments, program)
     try:
         resume = [] if args.resume is None else [f"checkpoint.resume={json.dumps(args.resume)}"]
         config = load_config(args.config, [*args.overrides, *resume])
@@ -58,13 +58,16 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="deepspeed xkd_fast/train.py",
+        prog=program,
         description="Pretrain XKD, XKD-MAS or XKD-MATS.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -85,11 +88,15 @@ def train(config: Config) -> None:
     """
     import torch.distributed as dist
 
-    from xkd_fast.engine.launch import start_deepspeed
+    from xkd_fast.data.decode import require_dali
+    from xkd_fast.engine.launch import run_folder, set_threads, start_deepspeed
 
+    require_dali()
     deepspeed = start_deepspeed(config.train.device)
+    set_threads(config.train.threads)
     try:
-        run(config, deepspeed)
+        with run_folder(Path(config.output)):
+            run(config, deepspeed)
     finally:
         dist.destroy_process_group()
 
@@ -98,19 +105,16 @@ def run(config: Config, deepspeed: Any) -> None:
     """One run inside a process group: data, model, loop."""
     import torch.distributed as dist
 
-    from xkd_fast.data.decode import require_dali
     from xkd_fast.data.pipeline import ViewPipeline
     from xkd_fast.data.shards import ShardSet
     from xkd_fast.engine.checkpoint import Checkpoints, TrainState
     from xkd_fast.engine.engine import Engine
-    from xkd_fast.engine.launch import StopSignal, first_rank_first, set_threads
+    from xkd_fast.engine.launch import StopSignal, first_rank_first
     from xkd_fast.engine.reporter import Reporter
     from xkd_fast.engine.schedule import Schedule
     from xkd_fast.model.build import build_model
 
-    require_dali()
     world_size = dist.get_world_size()
-    set_threads(config.train.threads)
     checkpoints = Checkpoints.from_config(config)
     first_rank_first(checkpoints.recover)
     path = checkpoints.resolve(config.checkpoint.resume)
@@ -121,15 +125,16 @@ def run(config: Config, deepspeed: Any) -> None:
     config.train.accumulation(world_size)  # refuses a batch that does not divide, before hours go into rendering
     first_rank_first(lambda: make_ready(config))
 
+    stop = StopSignal()
     pipeline = ViewPipeline.from_config(config, ShardSet.open(training_shards(config)), dist.get_rank(), world_size)
     schedule = Schedule(config, pipeline.sampler.steps_per_epoch)
     engine = Engine(build_model(config.model, seed=config.seed), config, deepspeed)
     state = TrainState.start(config, samples=len(pipeline.shards), world_size=world_size)
     if path is not None:
         state = checkpoints.load(engine, path, state, config)
+    first_rank_first(lambda: write_aside(Path(config.output) / "config.yaml", render_config(config).encode()))
 
     last_step = min(schedule.total_steps, config.train.stop_after_steps or schedule.total_steps)
-    stop = StopSignal()
     with pipeline, Reporter(config, engine, state.step, schedule) as reporter:
         reporter.say(describe(config, engine, world_size, pipeline, schedule, path))
         batches = timed(pipeline.batches(*divmod(state.step, schedule.steps_per_epoch)), reporter)
@@ -142,8 +147,11 @@ def run(config: Config, deepspeed: Any) -> None:
                 reporter.add(losses, state.step + 1)
                 engine.step(moment)
             state = state.after_step()
-            if reporter.end_step(state.step, moment, pipeline.damage, is_last=state.step == last_step):
+            synchronised = reporter.end_step(state.step, moment, pipeline.damage, is_last=state.step == last_step)
+            if synchronised or engine.device.type == "cpu":
                 stop.agree(engine.device)
+                if stop.agreed:
+                    reporter.say(f"asked to stop: this ends after step {state.step}; --resume auto goes on from there")
             if checkpoints.due(state.step) or state.step == last_step or stop.agreed:
                 reporter.check_finite()
                 reporter.say(f"checkpoint {checkpoints.save(engine, state, config)}")
@@ -174,19 +182,13 @@ def training_shards(config: Config) -> list[Path]:
 
 
 def make_ready(config: Config) -> None:
-    """The first rank's part before all others start: rendered data where it is missing, and the resolved configuration."""
+    """The first rank's part before all others start: the demo's data, rendered where it is missing."""
     from rich.console import Console
 
     from xkd_fast.data.rendered import ensure_rendered
 
     if not config.data.train:
         ensure_rendered(config, Console(), workers=os.cpu_count() or 1)
-    output = Path(config.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_aside(output / "config.yaml", render_config(config).encode())
-    except OSError as error:
-        raise UserError(f"output = {output} cannot be written: {error.strerror}; name another folder") from error
 
 
 def describe(

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -30,7 +28,7 @@ from xkd_fast.data.convert import Converted, ConvertTask, Skipped
 from xkd_fast.data.shards import FORMAT, MANIFEST, NewSample, ShardWriter, index_path, read_json
 from xkd_fast.data.workers import PAUSE, Outcome, require_workers, run_tasks
 from xkd_fast.errors import UserError
-from xkd_fast.files import aside, write_aside
+from xkd_fast.files import aside, sole_use, write_aside
 from xkd_fast.model.options import FORBID_EXTRA, option, require
 
 VIDEO_SUFFIXES = frozenset(
@@ -228,9 +226,11 @@ def prepare(
         raise UserError(f"{destination} is a file; name a folder for the shards")
     try:
         destination.mkdir(parents=True, exist_ok=True)
-        with _sole_use(destination):
+        with sole_use(destination):
             check_plan(destination, plan_of(sources, options))
             return _prepare(root, destination, sources, options, workers, console)
+    except BlockingIOError as error:
+        raise UserError(f"another prepare is writing to {destination}; wait for it, or stop it") from error
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         raise UserError(f"preparing {destination} failed: {error.strerror}{place}; call again to go on") from error
@@ -239,22 +239,6 @@ def prepare(
 def _processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def _sole_use(destination: Path) -> Iterator[None]:
-    """Lock a folder against a second prepare; the lock goes with the process, however it ends."""
-    descriptor = os.open(destination, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(f"another prepare is writing to {destination}; wait for it, or stop it") from error
-            # some network file systems lock no folders: then nothing guards
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _prepare(

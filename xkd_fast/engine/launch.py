@@ -10,7 +10,8 @@ import socket
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from xkd_fast.errors import UserError
+from xkd_fast.files import sole_use
 
 TIMEOUT = timedelta(hours=2)  # of collectives: the first rank may render and prepare data while the others wait
 
@@ -95,6 +97,36 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads or max(1, cores // local_world_size()))
 
 
+@contextmanager
+def run_folder(folder: Path) -> Iterator[None]:
+    """Rank 0 makes a run's folder and keeps other runs out of it until this one ends; if it is left empty, it goes again.
+
+    Raises:
+        UserError: on every rank, if the folder cannot be made, or another run trains into it.
+    """
+    with ExitStack() as held:
+
+        def hold() -> None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(sole_use(folder))
+                held.callback(_remove_empty, folder)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"output = {folder}: another run is training there; wait for it, stop it, or name another folder"
+                ) from error
+            except OSError as error:
+                raise UserError(f"output = {folder} cannot be written: {error.strerror}; name another folder") from error
+
+        first_rank_first(hold)
+        yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # it holds something
+        folder.rmdir()
+
+
 def first_rank_first(task: Callable[[], None]) -> None:
     """Run ``task`` on rank 0 while the others wait; an error there is raised on every rank."""
     failure: list[BaseException | None] = [None]
@@ -109,7 +141,9 @@ def first_rank_first(task: Callable[[], None]) -> None:
 
 
 class StopSignal:
-    """SIGTERM (a scheduler's warning) asks for a last checkpoint; all ranks agree on the step to stop at.
+    """SIGTERM (a scheduler's warning) or Ctrl-C asks for a last checkpoint; all ranks agree on the step to stop at.
+
+    A second Ctrl-C ends the process at once.
 
     Attributes:
         agreed: every rank knows that this is the last step.
@@ -119,9 +153,12 @@ class StopSignal:
         self._received = False
         self.agreed = False
         signal.signal(signal.SIGTERM, self._receive)
+        signal.signal(signal.SIGINT, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def agree(self, device: torch.device) -> None:
         """Tell the other ranks; call on the logging path only, it synchronises."""
