@@ -167,12 +167,14 @@ class Checkpoints:
         Raises:
             UserError: if it is damaged, or was written by a run that differs in what decides its course.
         """
-        state = read_state(path)
-        state.check_same(current, path)
-        check_same_options(path, config)
-        random_file = path / f"random-{dist.get_rank():05d}.pt"
-        saved = read_safetensors(path / "model.safetensors")
         with _damage_named(path):
+            state = read_state(path)
+            options = read_options(path)
+        state.check_same(current, path)
+        check_same_options(options, config, path)
+        random_file = path / f"random-{dist.get_rank():05d}.pt"
+        with _damage_named(path):
+            saved = read_safetensors(path / "model.safetensors")
             loaded, _ = engine.deepspeed.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=False)
             if loaded is None:
                 raise FileNotFoundError("no DeepSpeed state in it")
@@ -209,12 +211,20 @@ def flat_options(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same_options(path: Path, config: Config) -> None:
-    """Raise ``UserError`` naming every option in which this run differs from the checkpoint's."""
+def read_options(path: Path) -> dict[str, Any]:
+    """The options that a checkpoint's run was started with, by dotted key, without the free ones.
+
+    Raises:
+        UserError: if they are missing or malformed.
+    """
     try:
-        saved = flat_options(json.loads((path / "options.json").read_text(encoding="utf-8")))
+        return flat_options(json.loads((path / "options.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path / 'options.json'} cannot be read: {error}; is {path} a whole checkpoint?") from error
+
+
+def check_same_options(saved: dict[str, Any], config: Config, path: Path) -> None:
+    """Raise ``UserError`` naming every option in which this run differs from the ``saved`` ones of the checkpoint."""
     now = flat_options(config.as_dict())
     different = [
         f"{key} = {saved.get(key)} (now {now.get(key)})" for key in sorted(saved | now) if saved.get(key) != now.get(key)
@@ -240,11 +250,13 @@ def _damage_named(path: Path) -> Iterator[None]:
         ValueError,
         AttributeError,
         AssertionError,
+        UserError,
     ) as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{path} is damaged or incomplete ({type(error).__name__}: {reason}); resume from another one"
-        ) from error
+        older = [other for other in Checkpoints(path.parent).found() if other.name < path.name]
+        advice = f"resume from the one before, --resume {older[-1]}" if older else "there is no older one to resume from"
+        raise UserError(f"{path} is damaged or incomplete ({kind}{reason}); {advice}") from error
 
 
 def read_state(path: Path) -> TrainState:
