@@ -181,7 +181,7 @@ def render(arguments: list[str]) -> int:
         "  xkd-fast render runs/videos --clips-per-class 50 --workers 4\n"
         "  xkd-fast render runs/easy --classes bounce orbit --distractors 0 --background 0",
     )
-    parser.add_argument("destination", help="folder to write; empty, or rendered before")
+    parser.add_argument("destination", help="folder to write; empty, or rendered before with the same options")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per processor)"
     )

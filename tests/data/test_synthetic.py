@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -275,10 +276,27 @@ def test_interrupted_rendering_goes_on(tmp_path: Path) -> None:
     assert render_dataset(tmp_path, TINY) == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 3, "fps": 16}, r"fps = 8 \(now 16\), seed = 0 \(now 3\); name another or an empty folder"),
+        ({"clips_per_class": 1}, r"clips_per_class = 2 \(now 1\); name another or an empty folder"),
+        ({"classes": ("slide",)}, r"classes = \['flash', 'slide'\] \(now \['slide'\]\); name another"),
+    ],
+)
+def test_clips_of_other_options_are_not_removed_unasked(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    """Would catch a rendering that is lost by calling the command with other options."""
+    render_dataset(tmp_path, TINY)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))} holds clips rendered with {words}"):
+        render_dataset(tmp_path, replace(TINY, **change))
+    assert contents(tmp_path) == before
+
+
 def test_other_options_are_rendered_anew(tmp_path: Path) -> None:
     """Would catch old clips passed off as clips of the new options."""
     render_dataset(tmp_path / "changed", replace(TINY, seed=3))
-    assert render_dataset(tmp_path / "changed", TINY) == 4
+    assert render_dataset(tmp_path / "changed", TINY, replace=True) == 4
     render_dataset(tmp_path / "fresh", TINY)
     assert contents(tmp_path / "changed") == contents(tmp_path / "fresh")
 
@@ -300,9 +318,9 @@ def test_change_of_options_killed_in_the_middle_leaves_no_old_clip(tmp_path: Pat
     unlink = Path.unlink
     monkeypatch.setattr(Path, "unlink", killed_after_two)
     with pytest.raises(Killed):
-        render_dataset(tmp_path / "changed", TINY)
+        render_dataset(tmp_path / "changed", TINY, replace=True)
     monkeypatch.undo()
-    render_dataset(tmp_path / "changed", TINY)
+    render_dataset(tmp_path / "changed", TINY, replace=True)
     render_dataset(tmp_path / "fresh", TINY)
     assert contents(tmp_path / "changed") == contents(tmp_path / "fresh")
 
@@ -310,7 +328,7 @@ def test_change_of_options_killed_in_the_middle_leaves_no_old_clip(tmp_path: Pat
 def test_fewer_clips_leave_no_surplus_and_more_keep_the_old(tmp_path: Path) -> None:
     """Would catch a data set that is larger than asked for, and clips rendered twice."""
     render_dataset(tmp_path, TINY)
-    assert render_dataset(tmp_path, replace(TINY, clips_per_class=1, classes=("slide",))) == 0
+    assert render_dataset(tmp_path, replace(TINY, clips_per_class=1, classes=("slide",)), replace=True) == 0
     assert set(contents(tmp_path)) == {"dataset.json", "slide/clip_000000.mp4"}
     assert render_dataset(tmp_path, TINY) == 3
 

@@ -26,6 +26,8 @@ def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
 def ensure_rendered(config: Config, console: Console, *, workers: int) -> None:
     """Render the videos of ``config.data.demo`` and prepare their shards, as far as they are missing; nothing without one.
 
+    Videos that an earlier ``config.data.demo`` rendered there are replaced.
+
     The test split is of another seed: none of its clips is among the training clips.
     """
     demo = config.data.demo
@@ -43,6 +45,7 @@ def ensure_rendered(config: Config, console: Console, *, workers: int) -> None:
                 videos,
                 options,
                 workers=workers,
+                replace=True,
                 progress=partial(_show, progress, progress.add_task(f"rendering {split} videos")),
             )
         prepare_options = PrepareOptions(

@@ -1,4 +1,4 @@
-"""A data set of class folders: rendered, gone on with after an interruption, rendered anew when its options change."""
+"""A data set of class folders: rendered, gone on with after an interruption, replaced only where that is asked for."""
 
 from __future__ import annotations
 
@@ -43,14 +43,11 @@ def _description(options: SyntheticOptions) -> dict[str, Any]:
     return json.loads(json.dumps(described))
 
 
-def _same_clips(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two descriptions give the same clip for the same class and index."""
-
-    def shaping(description: dict[str, Any]) -> dict[str, Any]:
-        kept = {k: v for k, v in description.get("options", {}).items() if k not in ("clips_per_class", "classes")}
-        return {"renderer": description.get("renderer"), **kept}
-
-    return shaping(first) == shaping(second)
+def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:
+    """What two descriptions differ in, by name, each as ``name = stored (now wanted)``."""
+    then, now = ({"renderer": description.get("renderer"), **description["options"]} for description in (stored, wanted))
+    names = sorted(name for name in then | now if then.get(name) != now.get(name))
+    return {name: f"{name} = {then.get(name)} (now {now.get(name)})" for name in names}
 
 
 def _read_description(root: Path) -> dict[str, Any] | None:
@@ -83,24 +80,27 @@ def render_dataset(
     options: SyntheticOptions,
     *,
     workers: int = 1,
+    replace: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Render a data set of class folders: ``root/CLASS/clip_000000.mp4`` and ``root/dataset.json``.
 
-    Complete files of the same options are kept, so an interrupted rendering goes on where it stopped. Clips of other options
-    are removed and rendered anew; surplus clips (fewer classes or clips than before) are removed.
+    Complete files of the same options are kept, so an interrupted rendering goes on where it stopped. More classes
+    or clips than before keep the old ones.
 
     Args:
         root: folder to write; made where missing. It must be empty or hold a rendered data set.
         options: what to render.
         workers: processes; 1 renders in this process. The clips are the same for any number.
+        replace: remove clips that other options left (others, or more of them) rather than refuse the folder.
         progress: called with (clips done, clips in all), the clips that were there already included.
 
     Returns:
         Number of clips rendered now.
 
     Raises:
-        UserError: ``root`` holds something else, ``workers`` is below 1, or a clip cannot be rendered or written.
+        UserError: ``root`` holds something else or clips of other options, ``workers`` is below 1, or a clip cannot be rendered
+            or written.
     """
     require_workers(workers)
     root = Path(root)
@@ -110,10 +110,16 @@ def render_dataset(
         for index in range(options.clips_per_class)
         for name in sorted(options.classes)
     }
-    keep = planned if stored is not None and _same_clips(stored, wanted) else {}
-    for path in _written_files(root):  # before the description changes, so that an old clip never passes for a new one
-        if path not in keep:
-            path.unlink()
+    differences = {} if stored is None else _differences(stored, wanted)
+    keep = planned if differences.keys() <= {"clips_per_class", "classes"} else {}
+    surplus = [path for path in _written_files(root) if path not in keep]
+    if differences and not replace and any(_CLIP_NAME.match(path.name) for path in surplus):
+        raise UserError(
+            f"{root} holds clips rendered with {', '.join(differences.values())}; "
+            "name another or an empty folder, or render with the same options"
+        )
+    for path in surplus:  # before the description changes, so that an old clip never passes for a new one
+        path.unlink()
     for name in set(CLASSES) - set(options.classes):
         if (root / name).is_dir() and not any((root / name).iterdir()):
             (root / name).rmdir()
