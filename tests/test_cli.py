@@ -155,6 +155,15 @@ def test_render_writes_a_data_set_and_keeps_what_is_there(tmp_path, capsys):
     assert "2 clips of 2 classes, 0 of them rendered now" in capsys.readouterr().out
 
 
+def test_progress_without_a_terminal_is_a_line_a_tenth(capsys):
+    """Catches hours of silence in a log file, and a line for every clip."""
+    with cli.progress_bar("rendering") as show:
+        for done in range(3, 26):
+            show(done, 25)
+    lines = [f"rendering: {done} of 25" for done in (3, 5, 8, 10, 13, 15, 18, 20, 23, 25)]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
 def test_prepare_tells_what_it_wrote_and_what_it_skipped(tmp_path, capsys):
     """Catches arguments that do not reach the conversion, and skipped videos that go unmentioned."""
     videos, shards = tmp_path / "videos", tmp_path / "shards"

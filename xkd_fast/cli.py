@@ -141,7 +141,7 @@ def read_options(arguments: argparse.Namespace, options: type) -> Any:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, where that is a terminal; yields the function that takes (done, in all)."""
+    """A progress bar on standard error, or plain lines where that is no terminal; yields what takes (done, in all)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -154,7 +154,10 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    progress = Progress(*columns, console=console, disable=not console.is_terminal)
+    if not console.is_terminal:
+        yield _plain_progress(title)
+        return
+    progress = Progress(*columns, console=console)
     task = progress.add_task(title, total=None)
 
     def show(done: int, total: int) -> None:
@@ -165,6 +168,19 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield show
     finally:
         progress.stop()
+
+
+def _plain_progress(title: str) -> Callable[[int, int], None]:
+    """Takes (done, in all); prints a line on standard error at the first call and at every further tenth."""
+    told = -1
+
+    def show(done: int, total: int) -> None:
+        nonlocal told
+        if 10 * done // total > told:
+            told = 10 * done // total
+            print(f"{title}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return show
 
 
 # ------------------------------------------------------------------------------------------------------------------- commands
