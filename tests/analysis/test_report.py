@@ -67,6 +67,14 @@ def test_metrics_of_an_interrupted_run_are_read(tmp_path: Path) -> None:
         report.read_metrics(path)
 
 
+def test_one_logged_step_is_a_point_in_every_panel() -> None:
+    """Red if the curves of a short run are blank."""
+    names = [name for _, group in report.PANELS for name in group]
+    figure = report.curves([{"step": 1, **dict.fromkeys(names, 0.5)}], prototypes=8)
+    drawn = {line.get_label(): line.get_marker() for axis in figure.axes for line in axis.lines}
+    assert {drawn[name.replace("_", " ")] for name in names} == {"o"}
+
+
 def test_page_stands_alone(tmp_path: Path) -> None:
     """Red if the page needs a file or a network beside it, or text is not escaped."""
     config = load_config("demo", [])

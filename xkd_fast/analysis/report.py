@@ -104,7 +104,9 @@ def curves(rows: list[dict[str, float]], prototypes: int) -> Figure:
     steps = [row["step"] for row in rows]
     for axis, (title, names) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         for name in names:
-            axis.plot(steps, [row.get(name, math.nan) for row in rows], label=name.replace("_", " "), linewidth=1.2)
+            values = [row.get(name, math.nan) for row in rows]
+            marker = "o" if sum(map(math.isfinite, values)) == 1 else ""  # one point alone draws no line
+            axis.plot(steps, values, marker=marker, label=name.replace("_", " "), linewidth=1.2)
         if "entropy" in names[0]:
             axis.axhline(math.log(prototypes), color="grey", linestyle=":", label=f"uniform: ln {prototypes}")
         axis.set_title(title, fontsize=10)
