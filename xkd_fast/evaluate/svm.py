@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -81,7 +82,8 @@ class SvmOptions:
         unknown = [name for name in self.modalities if name not in MODALITIES]
         _require(
             bool(self.modalities) and not unknown,
-            f"--modalities {','.join(self.modalities)} must name some of {', '.join(MODALITIES)}, separated by commas",
+            f"--modalities {shlex.quote(','.join(self.modalities))} must name some of {', '.join(MODALITIES)}, "
+            "separated by commas",
         )
         for name in ("train_clips", "test_clips", "batch"):
             value = getattr(self, name)
@@ -91,7 +93,7 @@ class SvmOptions:
             _require(0 < value < 1, f"--{name.replace('_', '-')} {value} must lie between 0 and 1")
         _require(
             self.svm_c is None or (len(self.svm_c) > 0 and all(0 < c < float("inf") for c in self.svm_c)),
-            f"--svm-c {self.svm_c} must be numbers above 0",
+            f"--svm-c {','.join(f'{c:g}' for c in self.svm_c or ())} must be finite numbers above 0, such as 1e-3,1e-2,1e-1,1",
         )
         _require(self.device in DEVICES, f"--device {self.device} must be one of {', '.join(DEVICES)}")
         _require(
@@ -475,7 +477,7 @@ def parse_c(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--svm-c {text} must be numbers separated by commas, such as 1e-3,1e-2,1e-1,1") from None
+        raise UserError(f"--svm-c {shlex.quote(text)} must be numbers separated by commas, such as 1e-3,1e-2,1e-1,1") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
