@@ -216,9 +216,9 @@ INDEX = "shard-000000.index.json"
     ("damage", "words"),
     [
         (remove(MANIFEST), "is no shard set: it has no manifest.json. Make one with `xkd-fast prepare"),
-        (truncate(MANIFEST, 100), "manifest.json, the manifest of a shard set, cannot be read"),
-        (lambda directory: (directory / MANIFEST).write_bytes(b"\xff{}"), "manifest.json.* cannot be read"),
-        (lambda directory: (directory / MANIFEST).write_text("[]"), "does not hold a JSON object"),
+        (truncate(MANIFEST, 100), "manifest.json, the manifest of a shard set, cannot be read: .*; copy or prepare the shards"),
+        (lambda directory: (directory / MANIFEST).write_bytes(b"\xff{}"), "manifest.json.* cannot be read: .*; copy or"),
+        (lambda directory: (directory / MANIFEST).write_text("[]"), "does not hold a JSON object; copy or prepare the shards"),
         (edit(MANIFEST, lambda manifest: manifest.update(format=99)), "has format 99; this version reads format 1"),
         (edit(MANIFEST, lambda manifest: manifest.pop("format")), "has format None; this version reads format 1"),
         (edit(MANIFEST, lambda manifest: manifest.pop("fps")), "manifest or index is damaged .KeyError: 'fps'"),
@@ -258,6 +258,13 @@ def test_sets_that_do_not_go_together_are_refused(tmp_path: Path, name: str, val
     with pytest.raises(UserError, match=words) as caught:
         ShardSet.open([first, other])
     assert str(other) in str(caught.value) and "must agree" in str(caught.value)
+
+
+def test_a_file_is_no_shard_set(tmp_path: Path) -> None:
+    """Would catch the advice to make shards in a place that is a file."""
+    (tmp_path / "videos.tar").touch()
+    with pytest.raises(UserError, match=r"videos\.tar is a file; name a folder of shards"):
+        ShardSet.open(tmp_path / "videos.tar")
 
 
 def test_no_directory_is_refused() -> None:

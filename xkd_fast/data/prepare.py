@@ -173,7 +173,7 @@ def check_plan(destination: Path, plan: dict[str, Any]) -> None:
     """
     path = destination / PLAN
     if path.is_file():
-        stored = read_json(path, "the plan of an earlier prepare")
+        stored = read_json(path, "the plan of an earlier prepare", "choose another folder, or delete this one")
         if stored.get("format") != plan["format"]:
             raise UserError(
                 f"{destination} was prepared in format {stored.get('format')!r}, this version writes format {plan['format']}; "

@@ -126,25 +126,28 @@ class ShardWriter:
         self._aside.unlink(missing_ok=True)
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+AGAIN = "copy or prepare the shards again"
+
+
+def read_json(path: Path, what: str, fix: str = AGAIN) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        UserError: naming the file, if it is missing, unreadable or something else.
+        UserError: naming the file and ``fix``, if it is missing, unreadable or something else.
     """
     try:
-        return _parse_json(path.read_bytes(), path, what)
+        return _parse_json(path.read_bytes(), path, what, fix)
     except OSError as error:
-        raise UserError(f"{path}, {what}, cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}, {what}, cannot be read: {error.strerror}; make it readable, or {fix}") from error
 
 
-def _parse_json(data: bytes, path: Path, what: str) -> dict[str, Any]:
+def _parse_json(data: bytes, path: Path, what: str, fix: str) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}, {what}, cannot be read: {error}") from error
+        raise UserError(f"{path}, {what}, cannot be read: {error}; {fix}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}, {what}, does not hold a JSON object")
+        raise UserError(f"{path}, {what}, does not hold a JSON object; {fix}")
     return value
 
 
@@ -164,11 +167,12 @@ class _Table:
 
 
 COLUMNS = ("label", "frames", "samples", "height", "width")
-AGAIN = "copy or prepare the shards again"
 
 
 def _read_directory(directory: Path) -> _Table:
     path = directory / MANIFEST
+    if directory.is_file():
+        raise UserError(f"{directory} is a file; name a folder of shards that `xkd-fast prepare VIDEOS FOLDER` made")
     if not path.is_file():
         raise UserError(
             f"{directory} is no shard set: it has no {MANIFEST}. Make one with `xkd-fast prepare VIDEOS {directory}`"
@@ -234,7 +238,7 @@ def _read_index(path: Path, entry: dict[str, Any]) -> list[dict[str, Any]]:
         raise UserError(f"{path}, the index of a shard, cannot be read: {error.strerror}; {AGAIN}") from error
     if zlib.crc32(data) != entry.get("index_crc32", zlib.crc32(data)):
         raise UserError(f"{path}, the index of a shard, is not the one that its manifest was written for; {AGAIN}")
-    samples: list[dict[str, Any]] = _parse_json(data, path, "the index of a shard")["samples"]
+    samples: list[dict[str, Any]] = _parse_json(data, path, "the index of a shard", AGAIN)["samples"]
     if len(samples) != entry["samples"]:
         raise UserError(f"{path} lists {len(samples)} samples, the manifest {entry['samples']}; {AGAIN}")
     return samples
