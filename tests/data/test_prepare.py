@@ -266,7 +266,7 @@ def test_a_destination_of_somebody_else(media: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in source.iterdir()) == ["a"]
     with pytest.raises(UserError, match=r"1\.mkv is a file; name a folder"):
         run(source, source / "a" / "1.mkv")
-    with pytest.raises(UserError, match=r"preparing .* failed: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot be made a folder \(Not a directory\); name another one"):
         run(source, source / "a" / "1.mkv" / "shards")
 
 
@@ -420,7 +420,7 @@ def test_a_full_disk_is_told_and_mended(mixed: Path, prepared: Path, tmp_path: P
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"preparing .* failed: No space left on device; call again to go on"):
+    with pytest.raises(UserError, match=r"preparing .* failed: No space left on device; mend that, then call again to go on"):
         run(mixed, tmp_path / "shards")
     monkeypatch.undo()
     assert not list((tmp_path / "shards").glob(".*"))

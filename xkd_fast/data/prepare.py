@@ -226,6 +226,9 @@ def prepare(
         raise UserError(f"{destination} is a file; name a folder for the shards")
     try:
         destination.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{destination} cannot be made a folder ({error.strerror}); name another one for the shards") from error
+    try:
         with sole_use(destination):
             check_plan(destination, plan_of(sources, options))
             return _prepare(root, destination, sources, options, workers, console)
@@ -233,7 +236,9 @@ def prepare(
         raise UserError(f"another prepare is writing to {destination}; wait for it, or stop it") from error
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"preparing {destination} failed: {error.strerror}{place}; call again to go on") from error
+        raise UserError(
+            f"preparing {destination} failed: {error.strerror}{place}; mend that, then call again to go on"
+        ) from error
 
 
 def _processors() -> int:

@@ -53,7 +53,7 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> dict[str, st
 def _read_description(root: Path) -> dict[str, Any] | None:
     path = root / DATASET_FILE
     if not path.exists():
-        if root.exists() and any(not p.name.startswith(".") for p in root.iterdir()):
+        if any(not p.name.startswith(".") for p in root.iterdir()):
             raise UserError(
                 f"{root} holds files but no {DATASET_FILE}, so it was not rendered by xkd-fast; choose an empty folder"
             )
@@ -104,6 +104,10 @@ def render_dataset(
     """
     require_workers(workers)
     root = Path(root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{root} cannot be made a folder ({error.strerror}); name another one for the clips") from error
     wanted, stored = _description(options), _read_description(root)
     planned = {
         clip_path(root, name, index): (name, index)
@@ -124,7 +128,6 @@ def render_dataset(
         if (root / name).is_dir() and not any((root / name).iterdir()):
             (root / name).rmdir()
     if stored != wanted:
-        root.mkdir(parents=True, exist_ok=True)
         write_aside(root / DATASET_FILE, (json.dumps(wanted, indent=2) + "\n").encode())
     for name in options.classes:
         (root / name).mkdir(exist_ok=True)
