@@ -105,13 +105,16 @@ def test_file_checkpoint_and_run_all_name_the_newest_model(tmp_path):
 
 def test_unusable_checkpoints_are_named(tmp_path):
     """A traceback, or a model of default options, for a wrong path."""
-    with pytest.raises(UserError, match=r"nowhere does not exist"):
+    with pytest.raises(UserError, match=r"nowhere does not exist; name a whole checkpoint"):
         load_model(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
+    with pytest.raises(UserError, match=r"holds no model\.safetensors; name a whole checkpoint"):
+        load_model(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000007").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"step-00000007 holds no model\.safetensors; .*, or a RUN whose newest one is whole"):
         load_model(tmp_path)
     garbage = tmp_path / "garbage.safetensors"
     garbage.write_bytes(b"garbage")
-    with pytest.raises(UserError, match=r"garbage\.safetensors cannot be read as safetensors"):
+    with pytest.raises(UserError, match=r"garbage\.safetensors cannot be read as safetensors: .*; name a whole checkpoint"):
         load_model(garbage)
     foreign = tmp_path / "foreign.safetensors"
     write_safetensors({"weight": torch.ones(1)}, foreign)

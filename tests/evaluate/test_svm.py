@@ -340,6 +340,7 @@ def test_untrained_is_another_model_and_says_so(world):
         ({"data": "unlabelled"}, r"4 of 4 samples in .* have no label \(the first is .*\); .* folders named by class"),
         ({"data": "two", "test_data": "shards"}, r"holds classes that the training data lacks: collide"),
         ({"data": "slow"}, r"the shards hold 4 frames/s, but .* was trained on 8; prepare them again with --fps 8"),
+        ({"output": __file__}, r"--output .*test_svm\.py cannot be made a folder \(File exists\); name another one"),
         ({"test_data": "slow"}, r"the shards hold 4 frames/s, but .* was trained on 8"),
     ],
 )

@@ -23,6 +23,7 @@ from xkd_fast.weights import read_safetensors
 
 Role = Literal["teacher", "student"]
 MODEL_FILE = "model.safetensors"
+USABLE = "name a whole checkpoint, such as RUN/checkpoints/step-00000120, or a RUN whose newest one is whole"
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,13 @@ def find_model_file(checkpoint: Path) -> Path:
     if checkpoint.is_file():
         return checkpoint
     if not checkpoint.exists():
-        raise UserError(f"checkpoint {checkpoint} does not exist")
+        raise UserError(f"checkpoint {checkpoint} does not exist; {USABLE}")
     inside = checkpoint / "checkpoints"
     newest = Checkpoints(inside if inside.is_dir() else checkpoint).found()[-1:]
     for folder in (checkpoint, *newest):
         if (folder / MODEL_FILE).is_file():
             return folder / MODEL_FILE
-    raise UserError(
-        f"{checkpoint} holds no {MODEL_FILE}; name a checkpoint, such as RUN/checkpoints/step-00000120, or the RUN itself"
-    )
+    raise UserError(f"{folder} holds no {MODEL_FILE}; {USABLE}")
 
 
 def load_model(checkpoint: Path, *, untrained: bool = False) -> TrainedModel:
@@ -90,7 +89,7 @@ def load_model(checkpoint: Path, *, untrained: bool = False) -> TrainedModel:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read as safetensors: {error}") from error
+        raise UserError(f"{file} cannot be read as safetensors: {error}; {USABLE}") from error
     if "config" not in metadata:
         raise UserError(f"{file} holds no configuration; only files written by `xkd-fast train` say which model they are of")
     config = read_config(metadata["config"], file)

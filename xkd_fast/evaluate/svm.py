@@ -353,7 +353,12 @@ def evaluate_svm(options: SvmOptions, *, console: Console | None = None) -> SvmR
     """
     start = time.perf_counter()
     if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before the work
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before the work
+        except OSError as error:
+            raise UserError(
+                f"--output {options.output} cannot be made a folder ({error.strerror}); name another one for svm.json"
+            ) from error
     trained = load_model(options.checkpoint, untrained=options.untrained)
     train, test, classes = train_and_test(options)
     for samples in (train, test):
