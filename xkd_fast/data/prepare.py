@@ -70,6 +70,7 @@ class PrepareOptions:
         low, high = (2, 31) if self.codec == "mjpeg" else (0, 51)
         require(low <= self.encoder_quality <= high, f"quality = {self.quality} must lie in {low}-{high} for {self.codec}")
         require(self.samples_per_shard >= 1, f"samples_per_shard = {self.samples_per_shard} must be 1 or more")
+        require(self.seed >= 0, f"seed = {self.seed} must be 0 or more")
         require(self.workers >= 0, f"workers = {self.workers} must be 0 or more")
         require(0 < self.seconds_per_file <= 86400, f"seconds_per_file = {self.seconds_per_file} must lie in 0-86400, above 0")
 
