@@ -421,13 +421,13 @@ def audio_with_a_cover(path: Path) -> Path:
         ("silent_audio", lambda path: write_video(path.with_suffix(".mkv"), PICTURES[:20], sound=noise(1), sound_start=0.9)),
         ("too_short", lambda path: write_video(path.with_suffix(".mkv"), PICTURES[:5], sound=noise(2))),
         (
-            "unreadable",
-            lambda path: write_video(path.with_suffix(".mkv"), [numbered(k, 2, 400) for k in range(25)], sound=noise(1)),
+            "too_narrow",
+            lambda path: write_video(path.with_suffix(".mkv"), [numbered(k, 16, 640) for k in range(25)], sound=noise(1)),
         ),
     ],
     ids=[
         "text", "empty", "broken link", "pipe", "no moov", "cut", "no sound", "sound alone", "cover", "silence", "sound after",
-        "short", "a line",
+        "short", "narrow",
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_skipped_for_its_reason(tmp_path: Path, reason: str, make: Any) -> None:

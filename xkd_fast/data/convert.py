@@ -18,7 +18,9 @@ from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
-Reason = Literal["unreadable", "no_video", "no_audio", "silent_audio", "too_short", "truncated", "timed_out", "crashed"]
+Reason = Literal[
+    "unreadable", "no_video", "no_audio", "silent_audio", "too_short", "too_narrow", "truncated", "timed_out", "crashed"
+]
 
 # Without the two flags swscale darkens a flat 255 to 253, and once more on the way to JPEG.
 SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -180,7 +182,7 @@ class _Scaler:
         if self._size is None:
             width = max(1, round(frame.width * self._anamorphic))
             if max(width, frame.height) > MAX_ASPECT * min(width, frame.height):
-                raise _Skip("unreadable", f"a picture of {width} × {frame.height}; the sides may differ {MAX_ASPECT}-fold")
+                raise _Skip("too_narrow", f"a picture of {width} × {frame.height}; the sides may differ {MAX_ASPECT}-fold")
             self._size = target_size(width, frame.height, self._short_side)
             self._turns = round(getattr(frame, "rotation", 0) / 90) % 4
         width, height = self._size
