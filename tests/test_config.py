@@ -119,8 +119,8 @@ RECIPE = {
     "augment.audio_local.crop_canvas": (1, 1.5),
     "augment.audio_local.crop_scale": (0.6, 1.5),
     "augment.audio_start_step": 100,
-    "augment.pixel_mean": (0.485, 0.456, 0.406),
-    "augment.pixel_std": (0.229, 0.224, 0.225),
+    "model.video.pixel_mean": (0.485, 0.456, 0.406),
+    "model.video.pixel_std": (0.229, 0.224, 0.225),
     "mel.n_fft": 1024,
     "mel.hop": 143,
     "mel.f_min": 0,
@@ -396,7 +396,7 @@ def test_impossible_values_name_value_rule_and_key(override, sentence):
     assert sentence in error_of(None, [override])
 
 
-NEGATIVE_ALLOWED = {"mel.mean", "augment.pixel_mean"}
+NEGATIVE_ALLOWED = {"mel.mean", "model.video.pixel_mean"}
 
 
 @pytest.mark.parametrize("key", [key for key, value, _ in OPTIONS if not isinstance(value, (str, bool))])

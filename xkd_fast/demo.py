@@ -203,7 +203,7 @@ def pictures(config: Config) -> Section:
     assert config.data.demo is not None
     shards = ShardSet.open(Path(config.data.demo.shards) / "test")
     first_of_class = [int((shards.labels == label).argmax()) for label in range(len(shards.classes))][:SHOWN_CLIPS]
-    options = (shards, config.model, config.augment, config.mel, config.data)
+    options = (shards, config.model, config.mel, config.data)
     batch = next(clips(*options, per_sample=1, batch_size=len(first_of_class), samples=first_of_class))
     model = load_model(finished_checkpoint(config)).model.eval()
     torch.manual_seed(0)

@@ -46,6 +46,15 @@ def patchify(clip: Tensor, patch: Sequence[int]) -> Tensor:
     return clip.reshape(batch, channels, *split).permute(0, *grid_axes, *inner_axes, 1).reshape(batch, tokens, -1)
 
 
+def normalised_pixels(pixels: Tensor, video: VideoOptions, *, axis: int) -> Tensor:
+    """8-bit pixels to 0-1, less the mean of their channel along ``axis``, over its deviation; any other type as it is."""
+    if pixels.dtype != torch.uint8:
+        return pixels
+    shape = [-1 if place == axis % pixels.ndim else 1 for place in range(pixels.ndim)]
+    mean, std = (torch.tensor(values, device=pixels.device).view(shape) for values in (video.pixel_mean, video.pixel_std))
+    return (pixels / 255 - mean) / std
+
+
 def interpolate_position(table: Tensor, grid: Sequence[int], target: Sequence[int]) -> Tensor:
     """Resample a position table from ``grid`` to ``target``: [1, N, D] → [1, N', D] (XKD.md section 2).
 
@@ -102,6 +111,7 @@ class Encoder(nn.Module):
         super().__init__()
         width = options.encoder.width
         self.grid, self.patch, self.has_cls = clip.grid, clip.patch, options.cls_token
+        self.clip = clip
         self.patch_embedding = nn.Linear(clip.patch_numbers, width)
         if self.has_cls:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -366,8 +376,11 @@ class XKD(nn.Module):
     def forward(self, views: Views, masks: MaskNoise | None = None) -> Losses:
         """Losses of one batch. ``masks`` fixes the mask noise, for replay and for exact resume."""
         masks = masks or self.draw_masks(views)
-        global_views = {"video": views.video_global, "audio": views.audio_global}
-        local_views = {"video": views.video_locals, "audio": views.audio_locals}
+        video_global, *video_locals = (
+            normalised_pixels(clip, self.options.video, axis=1) for clip in (views.video_global, *views.video_locals)
+        )
+        global_views = {"video": video_global, "audio": views.audio_global}
+        local_views = {"video": video_locals, "audio": views.audio_locals}
         noise = {"video": masks.video, "audio": masks.audio}
 
         predicted, order, student_logits = {}, {}, {}

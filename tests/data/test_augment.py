@@ -298,7 +298,7 @@ def test_all_views_of_a_batch() -> None:
     maker.fill(views, slice(0, 1), videos[:1], waveforms[:1], draws[:1])
     maker.fill(views, slice(1, 3), videos[1:], waveforms[1:], draws[1:])
     front_end = LogMel(mel, 16, 16000)
-    video = {"pixel_mean": options.pixel_mean, "pixel_std": options.pixel_std, "short_side": 32}
+    video = {"pixel_mean": shape.video.pixel_mean, "pixel_std": shape.video.pixel_std, "short_side": 32}
     for row in range(3):
         one, draw = [videos[row]], draws[row]
         expected = video_views(one, [draw.video_global], frames=16, size=32, **video)[0]
@@ -320,13 +320,13 @@ def test_all_views_of_a_batch() -> None:
 
 def test_plain_views_are_the_centre_square() -> None:
     # frozen features from a corner, from a stretched frame or from an augmented clip
-    video = VideoOptions(frames=4, size=32, local_frames=4, local_size=32)
+    unscaled = {"pixel_mean": (0.0, 0.0, 0.0), "pixel_std": (1.0, 1.0, 1.0)}
+    video = VideoOptions(frames=4, size=32, local_frames=4, local_size=32, **unscaled)
     shape = ViewShape(8.0, 16000, 16000, 8000, video, AudioOptions(frames=112))
     frames = np.zeros((4, 64, 100, 3), np.uint8)
     frames[:, :, 18:82] = 255  # the centre square is white, what lies beside it black
     draw = plain_draw(ClipShape(4, 16000, 64, 100), shape, 0)
-    options = AugmentOptions(pixel_mean=(0.0, 0.0, 0.0), pixel_std=(1.0, 1.0, 1.0))
-    maker = ViewMaker(shape, options, MelOptions())
+    maker = ViewMaker(shape, AugmentOptions(), MelOptions())
     views = maker.empty(1, local_views=False)
     assert views.video_locals == views.audio_locals == []
     maker.fill(views, slice(0, 1), [torch.from_numpy(frames)], [torch.zeros(16000)], [draw])

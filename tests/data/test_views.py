@@ -266,7 +266,7 @@ def test_short_side_size() -> None:
         (lambda: AudioViewOptions(crop_canvas=(0.9, 1.5)), r"crop_canvas = \[0.9, 1.5\]"),
         (lambda: AudioViewOptions(crop_scale=(1.5, 0.6)), r"crop_scale = \[1.5, 0.6\]"),
         (lambda: AugmentOptions(audio_start_step=0), "augment.audio_start_step = 0"),
-        (lambda: AugmentOptions(pixel_std=(0.2, 0.0, 0.2)), r"augment.pixel_std = \[0.2, 0.0, 0.2\]"),
+        (lambda: VideoOptions(pixel_std=(0.2, 0.0, 0.2)), r"model.video.pixel_std = \[0.2, 0.0, 0.2\]"),
     ],
 )
 def test_bad_options_name_value_and_rule(make: Callable[[], object], message: str) -> None:
@@ -288,11 +288,8 @@ def test_defaults_are_the_released_recipe() -> None:
     }
     assert vars(options.audio_global) == {"volume": 0.1, "crop_canvas": (1.0, 1.0), "crop_scale": (1.0, 1.0)}
     assert vars(options.audio_local) == {"volume": 0.2, "crop_canvas": (1.0, 1.5), "crop_scale": (0.6, 1.5)}
-    assert (options.audio_start_step, options.pixel_mean, options.pixel_std) == (
-        100,
-        (0.485, 0.456, 0.406),
-        (0.229, 0.224, 0.225),
-    )
+    assert options.audio_start_step == 100
+    assert (VideoOptions().pixel_mean, VideoOptions().pixel_std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def test_views_move_as_one() -> None:

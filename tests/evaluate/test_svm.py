@@ -270,7 +270,7 @@ def test_every_sample_is_described_by_its_own_clips(world, role):
     assert sorted([*train.numbers, *test.numbers]) == list(range(3 * CLIPS_PER_CLASS))
     found = features_of(trained, test, options, progress_bar(None), "test clips", random=False)
     config, shards = trained.config, ShardSet.open(world.shards)
-    sizes = (config.model, config.augment, config.mel, config.data)
+    sizes = (config.model, config.mel, config.data)
     for sample, label in zip(test.numbers, test.labels, strict=True):
         own = next(clips(shards, *sizes, per_sample=3, batch_size=3, samples=[sample]))
         direct = getattr(trained.model, f"audio_{role}").features(own.views.audio_global).detach()

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from benchmarks.measure import launches, saved_bytes
 from tests.tiny import random_batch, tiny_options
 from xkd_fast import reference
 from xkd_fast.engine.ema import TeacherUpdate
 from xkd_fast.errors import UserError
+from xkd_fast.model import vit
 from xkd_fast.model.build import build_model
 from xkd_fast.model.options import AudioOptions, ModelOptions, ObjectiveOptions, VideoOptions
 from xkd_fast.objective.losses import Losses
@@ -36,6 +38,9 @@ OPTIONS = {
     "no local views": {"video": VIDEO[0], "audio": AUDIO[0]},
     "eager attention": {"attention": "eager"},
     "recomputed attention": {"attention": "recompute"},
+    "checkpointing": {"checkpointing": True},
+    "checkpointing, mats": {"checkpointing": True, "variant": "mats"},
+    "teachers beside": {"teacher_stream": True},
 }
 
 
@@ -43,7 +48,8 @@ def both(options: ModelOptions, dtype: torch.dtype) -> tuple[reference.XKD, refe
     """The reference and the fast model with equal weights; teachers differ from students."""
     models = []
     for implementation in ("reference", "fast"):
-        model = build_model(replace(options, implementation=implementation), seed=3).to(dtype)
+        plain = {"checkpointing": False, "compile": False, "teacher_stream": False} if implementation == "reference" else {}
+        model = build_model(replace(options, implementation=implementation, **plain), seed=3).to(dtype)
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             seen = set()
@@ -88,6 +94,47 @@ def test_equals_the_reference(name: str, device: str) -> None:
     assert compared > 30
 
 
+def test_compiled_blocks_equal_the_reference_and_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a block breaks its graph (that raises), computes something else compiled, or is compiled again at every step."""
+    monkeypatch.setattr(vit, "BACKEND", "aot_eager")
+    options = tiny_options(compile=True)
+    plain, fast = both(options, torch.float64)
+    expected, got = step(plain, options, torch.float64), step(fast, options, torch.float64)
+    assert got.total.item() == pytest.approx(expected.total.item(), rel=1e-11)
+    gradients = dict(plain.named_parameters())
+    for name, parameter in fast.named_parameters():
+        if parameter.grad is not None:
+            assert (parameter.grad - gradients[name].grad).norm() < 1e-9 * gradients[name].grad.norm(), name
+    programs = counters["stats"]["unique_graphs"]
+    step(fast, options, torch.float64)
+    assert counters["stats"]["unique_graphs"] == programs > 0
+
+
+def test_eight_bit_pixels_are_normalised_patch_by_patch() -> None:
+    """Red if a view of bytes is taken for floats, normalised with another channel's mean, or read in another memory order."""
+    options = tiny_options(video=replace(VIDEO[2], pixel_mean=(0.5, 0.3, 0.1), pixel_std=(0.2, 0.3, 0.5)))
+    views, masks = random_batch(options, 3, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+
+    def frames(like: torch.Tensor) -> torch.Tensor:
+        """Random bytes, channels last in memory."""
+        batch, channels, *size = like.shape
+        drawn = torch.randint(256, (batch, *size, channels), generator=generator, dtype=torch.uint8)
+        return drawn.movedim(-1, 1)
+
+    raw = replace(views, video_global=frames(views.video_global), video_locals=[frames(view) for view in views.video_locals])
+    mean, std = (torch.tensor(x).view(3, 1, 1, 1) for x in (options.video.pixel_mean, options.video.pixel_std))
+    ready = replace(
+        raw,
+        video_global=(raw.video_global / 255 - mean) / std,
+        video_locals=[(view / 255 - mean) / std for view in raw.video_locals],
+    )
+    for model in both(options, torch.float32):
+        given, expected = model(raw, masks), model(ready, masks)
+        assert given.total.item() == pytest.approx(expected.total.item(), rel=1e-6)
+        assert given.reconstruction.item() == pytest.approx(expected.reconstruction.item(), rel=1e-6)
+
+
 def test_state_is_the_references() -> None:
     """Red if a checkpoint of one implementation does not load into the other, or the same seed gives other weights."""
     for variant in ("xkd", "mas", "mats"):
@@ -129,7 +176,10 @@ def test_less_is_kept_and_launched() -> None:
         views, masks = random_batch(options, 4, dtype=torch.float32)
         kept[name] = saved_bytes(lambda model=model, views=views, masks=masks: model(views, masks).total)
         launched[name] = launches(lambda model=model, views=views, masks=masks: model(views, masks).total.backward())
+    frugal = both(replace(options, checkpointing=True), torch.float32)[1]
+    kept["checkpointing"] = saved_bytes(lambda: frugal(views, masks).total)
     assert kept["fast"] < 0.6 * kept["reference"], kept
+    assert kept["checkpointing"] < 0.85 * kept["fast"], kept
     assert launched["fast"] < 0.85 * launched["reference"], launched
 
 

@@ -119,7 +119,8 @@ def curves(rows: list[dict[str, float]], prototypes: int) -> Figure:
 
 def to_pixels(frames: Tensor, config: Config) -> np.ndarray:
     """Normalised frames [3, T, H, W] → [T, H, W, 3] in 0-1; hidden (NaN) pixels become mid-grey."""
-    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (config.augment.pixel_mean, config.augment.pixel_std))
+    video = config.model.video
+    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (video.pixel_mean, video.pixel_std))
     return torch.nan_to_num(frames * std + mean, nan=0.5).clamp(0, 1).permute(1, 2, 3, 0).numpy()
 
 

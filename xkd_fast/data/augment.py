@@ -293,7 +293,7 @@ class ViewMaker:
 
     Args:
         shape: sizes of the clip and its views.
-        options: what is not drawn: pixel mean and std, the spectrogram's canvas, whether the short side is resized first.
+        options: what is not drawn: the spectrogram's canvas, whether the short side is resized first.
         mel: the log-mel front end.
         device: where the decoded clips are.
     """
@@ -352,8 +352,8 @@ class ViewMaker:
             frames=frames,
             size=size,
             short_side=self.shape.video.size if self.options.short_side_first else 0,
-            pixel_mean=self.options.pixel_mean,
-            pixel_std=self.options.pixel_std,
+            pixel_mean=self.shape.video.pixel_mean,
+            pixel_std=self.shape.video.pixel_std,
             out=out,
         )
 

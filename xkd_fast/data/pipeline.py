@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -366,7 +366,6 @@ class ClipBatch:
 def clips(
     shards: ShardSet,
     model: ModelOptions,
-    augment: AugmentOptions,
     mel: MelOptions,
     data: DataOptions,
     *,
@@ -381,7 +380,6 @@ def clips(
     Args:
         shards: the data set.
         model: sizes of the views.
-        augment: of which the pixel mean and std are used.
         mel: the log-mel front end.
         data: what a clip is, threads, prefetching.
         per_sample: clips per sample.
@@ -399,7 +397,7 @@ def clips(
     for name, value in (("per_sample", per_sample), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} = {value} must be 1 or more")
-    source = _PlainClips(shards, view_shape(data, model), augment, mel, data, per_sample, batch_size, random, seed)
+    source = _PlainClips(shards, view_shape(data, model), mel, data, per_sample, batch_size, random, seed)
     chosen = range(len(shards)) if samples is None else samples
     return source.batches(chosen)
 
@@ -411,7 +409,6 @@ class _PlainClips:
         self,
         shards: ShardSet,
         shape: ViewShape,
-        augment: AugmentOptions,
         mel: MelOptions,
         data: DataOptions,
         per_sample: int,
@@ -421,7 +418,7 @@ class _PlainClips:
     ) -> None:
         self.shards, self.shape, self.data = shards, shape, data
         self.per_sample, self.batch_size, self.random, self.seed = per_sample, batch_size, random, seed
-        self.maker = ViewMaker(shape, replace(augment, short_side_first=True), mel)
+        self.maker = ViewMaker(shape, AugmentOptions(short_side_first=True), mel)
         self.decoder = ClipDecoder(batch_size, data.threads)
 
     def batches(self, samples: Sequence[int]) -> Iterator[ClipBatch]:

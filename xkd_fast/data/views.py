@@ -108,16 +108,9 @@ class AugmentOptions:
     audio_global: AudioViewOptions = field(default_factory=AudioViewOptions, metadata={"doc": "the whole clip's audio view"})
     audio_local: AudioViewOptions = field(default_factory=_audio_local, metadata={"doc": "audio views of a part of the clip"})
     audio_start_step: int = option(100, "local audio views start at multiples of this many samples into the clip; 1 = anywhere")
-    pixel_mean: tuple[float, float, float] = option(
-        (0.485, 0.456, 0.406), "subtracted from red, green, blue in 0-1; [0, 0, 0] = off"
-    )
-    pixel_std: tuple[float, float, float] = option(
-        (0.229, 0.224, 0.225), "divides red, green, blue after the mean; [1, 1, 1] = off"
-    )
 
     def __post_init__(self) -> None:
         require(self.audio_start_step >= 1, f"augment.audio_start_step = {self.audio_start_step} must be 1 or more")
-        require(min(self.pixel_std) > 0, f"augment.pixel_std = {list(self.pixel_std)} must be three numbers above 0")
 
 
 @dataclass

@@ -417,7 +417,6 @@ def features_of(
     batches = clips(
         samples.shards,
         config.model,
-        config.augment,
         config.mel,
         config.data,
         per_sample=per_sample,

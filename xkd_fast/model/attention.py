@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xkd_fast.errors import UserError
+from xkd_fast.model.precision import as_written
 
 # q: [B, h, n, d], k and v: [B, h, N, d] → [B, n, h·d]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -45,13 +46,13 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        with torch.autocast(q.device.type, enabled=False):
+        with as_written(q.device):
             return (_probabilities(q, k) @ v).transpose(1, 2).flatten(2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
-        with torch.autocast(q.device.type, enabled=False):
+        with as_written(q.device):
             gradient = gradient.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
             probabilities = _probabilities(q, k)
             to_probabilities = gradient @ v.transpose(-2, -1)

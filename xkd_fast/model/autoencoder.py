@@ -8,11 +8,11 @@ from torch import Tensor
 
 from xkd_fast.model.attention import Attend
 from xkd_fast.model.layers import norm_linear
-from xkd_fast.model.vit import Group, heads_of, mlp, run_blocks
+from xkd_fast.model.vit import BlockRunner, Group, heads_of, mlp
 from xkd_fast.reference import Block, Decoder
 
 
-def decode_masked(decoder: Decoder, encoded: Tensor, order: Tensor, attend: Attend) -> Tensor:
+def decode_masked(decoder: Decoder, encoded: Tensor, order: Tensor, runner: BlockRunner) -> Tensor:
     """Predict the masked patches.
 
     Attention does not care for order: the tokens are not put back into the grid, only their positions are looked up. The last
@@ -22,7 +22,7 @@ def decode_masked(decoder: Decoder, encoded: Tensor, order: Tensor, attend: Atte
         decoder: its weights.
         encoded: [B, (1 +) keep, D] the student's tokens.
         order: [B, N] token numbers, the visible ones first.
-        attend: attention backend.
+        runner: how blocks are run.
 
     Returns:
         [B, N − keep, P] in the order of ``order[:, keep:]``.
@@ -38,9 +38,15 @@ def decode_masked(decoder: Decoder, encoded: Tensor, order: Tensor, attend: Atte
     if first:
         tokens = torch.cat([cls_token + decoder.position[:, :first], tokens], dim=1)
     length = tokens.shape[1]
-    packed = run_blocks(decoder.blocks[:-1], tokens.view(-1, width), [Group(batch, length)], attend)
+    packed = runner.blocks(decoder.blocks[:-1], tokens.view(-1, width), [Group(batch, length)])  # type: ignore[arg-type]
     tokens = packed.view(batch, length, width)
-    last: Block = decoder.blocks[-1]  # type: ignore[assignment]
-    q, k, v = heads_of(norm_linear(tokens, last.norm1, last.qkv), last.heads)
-    mixed = attend(q[:, :, length - masked :], k, v)
-    return decoder.project_out(mlp(last, tokens[:, length - masked :] + last.proj(mixed)))  # type: ignore[no-any-return]
+    return runner.compile(predict_masked)(decoder, tokens, masked, runner.attend)
+
+
+def predict_masked(decoder: Decoder, tokens: Tensor, masked: int, attend: Attend) -> Tensor:
+    """The decoder's last block and projection for the last ``masked`` of its tokens: [B, (1 +) N, D] → [B, masked, P]."""
+    block: Block = decoder.blocks[-1]  # type: ignore[assignment]
+    own = tokens[:, tokens.shape[1] - masked :]
+    q, k, v = heads_of(norm_linear(tokens, block.norm1, block.qkv), block.heads)
+    mixed = attend(q[:, :, tokens.shape[1] - masked :], k, v)
+    return decoder.project_out(mlp(block, own + block.proj(mixed)))  # type: ignore[no-any-return]

@@ -12,11 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The type that matrix products of ``x`` run in here: autocast's, or its own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+from xkd_fast.model.precision import as_written, product_dtype
 
 
 def _linear_backward(
@@ -34,7 +30,7 @@ class _NormLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with as_written(x.device):
             normed, mean, inverse_deviation = torch.native_layer_norm(x, x.shape[-1:], gain, shift, eps)
             cast = weight.to(dtype)
             ctx.save_for_backward(x, mean, inverse_deviation, gain, shift, cast, bias)
@@ -44,7 +40,7 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         x, mean, inverse_deviation, gain, shift, weight, bias = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with as_written(x.device):
             normed = torch.addcmul(shift, (x - mean) * inverse_deviation, gain)
             dtype, parameter_dtype = ctx.dtypes
             to_normed, to_weight, to_bias = _linear_backward(gradient, normed.to(dtype), weight, bias, parameter_dtype)
@@ -57,7 +53,7 @@ class _NormLinear(torch.autograd.Function):
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        with torch.autocast(h.device.type, enabled=False):
+        with as_written(h.device):
             cast = weight.to(h.dtype)
             ctx.save_for_backward(h, cast, bias)
             ctx.parameter_dtype = weight.dtype
@@ -66,17 +62,24 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         h, weight, bias = ctx.saved_tensors
-        with torch.autocast(h.device.type, enabled=False):
+        with as_written(h.device):
             to_activated, to_weight, to_bias = _linear_backward(gradient, F.gelu(h), weight, bias, ctx.parameter_dtype)
             to_h = torch.ops.aten.gelu_backward(to_activated, h)
         return to_h, to_weight, to_bias
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
-    """``linear(norm(x))`` for x [..., D] of at least float32; the normalised input is not kept."""
-    return _NormLinear.apply(x, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps, _product_dtype(x))  # type: ignore[no-any-return]
+    """``linear(norm(x))`` for x [..., D] of at least float32; the normalised input is not kept.
+
+    Being compiled, it is written out: the compiler fuses it, and decides by itself what to recompute.
+    """
+    if torch.compiler.is_compiling():
+        return linear(norm(x))  # type: ignore[no-any-return]
+    return _NormLinear.apply(x, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps, product_dtype(x))  # type: ignore[no-any-return]
 
 
 def gelu_linear(h: Tensor, linear: nn.Linear) -> Tensor:
-    """``linear(gelu(h))`` with the exact GELU; only h [..., H] is kept."""
+    """``linear(gelu(h))`` with the exact GELU; only h [..., H] is kept. Being compiled, it is written out."""
+    if torch.compiler.is_compiling():
+        return linear(F.gelu(h))  # type: ignore[no-any-return]
     return _GeluLinear.apply(h, linear.weight, linear.bias)  # type: ignore[no-any-return]

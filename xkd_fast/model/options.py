@@ -71,6 +71,12 @@ class VideoOptions:
     patch_size: int = option(16, "height and width of a patch, pixels")
     mask_ratio: float = option(0.85, "share of the global view's tokens hidden from the student, 0-1")
     channels: int = option(3, "colour channels")
+    pixel_mean: tuple[float, float, float] = option(
+        (0.485, 0.456, 0.406), "subtracted from red, green, blue in 0-1; [0, 0, 0] = off"
+    )
+    pixel_std: tuple[float, float, float] = option(
+        (0.229, 0.224, 0.225), "divides red, green, blue after the mean; [1, 1, 1] = off"
+    )
 
     def __post_init__(self) -> None:
         key = "model.video"
@@ -84,6 +90,7 @@ class VideoOptions:
         )
         require(self.local_views >= 0, f"{key}.local_views = {self.local_views} must be 0 or more")
         require(self.channels >= 1, f"{key}.channels = {self.channels} must be 1 or more")
+        require(min(self.pixel_std) > 0, f"{key}.pixel_std = {list(self.pixel_std)} must be three numbers above 0")
         _require_mask(f"{key}.mask_ratio", self.mask_ratio, self.tokens)
 
     @property
@@ -293,6 +300,11 @@ class ModelOptions:
     attention: Literal["auto", "sdpa", "recompute", "xformers", "eager"] = option(
         "auto", "attention of the fast implementation; auto chooses and says why"
     )
+    compile: bool = option(False, "pass the fast implementation's blocks through torch.compile")
+    checkpointing: bool = option(
+        False, "keep only each block's input and compute the block again in the backward pass: less memory, more time"
+    )
+    teacher_stream: bool = option(False, "on a GPU, run the teachers beside the students, on a stream of their own")
     variant: Variant = option("xkd", "xkd: a stack per modality; mas: students share one; mats: teachers share one too")
     teacher_view: TeacherView = option(
         "global", "what the teachers see: the global view (paper) or first local view (released code)"
@@ -308,6 +320,11 @@ class ModelOptions:
     objective: ObjectiveOptions = section(ObjectiveOptions, "loss weights, temperatures, centre and MMD")
 
     def __post_init__(self) -> None:
+        for name in ("compile", "checkpointing", "teacher_stream"):
+            require(
+                self.implementation == "fast" or not getattr(self, name),
+                f"model.{name} = true needs model.implementation = fast; the reference is plain",
+            )
         for name, width in (("encoder", self.encoder.width), ("decoder", self.decoder.width)):
             require(
                 int(width * self.mlp_ratio) >= 1,

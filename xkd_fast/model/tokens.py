@@ -11,20 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xkd_fast.reference import Encoder, interpolate_position, patchify
+from xkd_fast.model.options import AudioOptions, VideoOptions
+from xkd_fast.reference import Encoder, interpolate_position, normalised_pixels, patchify
 
 
-def gather_patches(clip: Tensor, ids: Tensor, patch: Sequence[int]) -> Tensor:
+def gather_patches(clip: Tensor, ids: Tensor, options: VideoOptions | AudioOptions) -> Tensor:
     """The patches ``ids`` of each clip, copied straight out of it; the other patches are never touched.
 
     Args:
-        clip: video [B, C, T, H, W] or audio [B, 1, F, T].
+        clip: video [B, C, T, H, W] or audio [B, 1, F, T], of any strides; a video of uint8 is normalised after the copy.
         ids: [B, n] token numbers in grid order.
-        patch: extent of a patch along each axis of the grid.
+        options: the patches' extent, and the pixels' mean and deviation.
 
     Returns:
         [B, n, P], numbers in the order of ``reference.patchify``.
     """
+    patch = options.patch
     axes = len(patch)
     split, grid = list(clip.shape[:2]), [size // extent for size, extent in zip(clip.shape[2:], patch, strict=True)]
     for length, extent in zip(grid, patch, strict=True):
@@ -36,7 +38,18 @@ def gather_patches(clip: Tensor, ids: Tensor, patch: Sequence[int]) -> Tensor:
         coordinates.append(rest % length)
         rest = rest.div(length, rounding_mode="floor")
     clips = torch.arange(len(clip), device=clip.device).unsqueeze(1)
-    return cells[(clips, *reversed(coordinates))].flatten(2)
+    return _normalised(cells[(clips, *reversed(coordinates))], options).flatten(2)
+
+
+def all_patches(clip: Tensor, options: VideoOptions | AudioOptions) -> Tensor:
+    """Every patch of a clip, [B, N, P], as :func:`gather_patches` gives them."""
+    patches = patchify(clip, options.patch)
+    return _normalised(patches.unflatten(-1, (-1, clip.shape[1])), options).flatten(2)
+
+
+def _normalised(patches: Tensor, options: VideoOptions | AudioOptions) -> Tensor:
+    """Patches whose last axis is the channels', ready for the model."""
+    return normalised_pixels(patches, options, axis=-1) if isinstance(options, VideoOptions) else patches
 
 
 def embed(encoder: Encoder, clips: Sequence[Tensor], visible: Tensor | None) -> list[Tensor]:
@@ -52,15 +65,18 @@ def embed(encoder: Encoder, clips: Sequence[Tensor], visible: Tensor | None) -> 
     """
     first, width = int(encoder.has_cls), encoder.position.shape[-1]
     table = encoder.position[:, first:]
+    resampled: dict[tuple[int, ...], Tensor] = {}  # views of one shape share a table
     patches, positions = [], []
     for index, clip in enumerate(clips):
         if index == 0 and visible is not None:
-            patches.append(gather_patches(clip, visible, encoder.patch))
+            patches.append(gather_patches(clip, visible, encoder.clip))
             positions.append(F.embedding(visible, table[0]))
         else:
-            grid = [size // extent for size, extent in zip(clip.shape[2:], encoder.patch, strict=True)]
-            patches.append(patchify(clip, encoder.patch))
-            positions.append(interpolate_position(table, encoder.grid, grid))
+            grid = tuple(size // extent for size, extent in zip(clip.shape[2:], encoder.patch, strict=True))
+            if grid not in resampled:
+                resampled[grid] = interpolate_position(table, encoder.grid, grid)
+            patches.append(all_patches(clip, encoder.clip))
+            positions.append(resampled[grid])
     rows = encoder.patch_embedding(torch.cat([part.flatten(0, 1) for part in patches]))
     embedded = []
     parts = rows.split([part.shape[0] * part.shape[1] for part in patches])

@@ -6,15 +6,20 @@ Sequences of different lengths stand one after another in a single matrix [M, D]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xkd_fast.model.attention import Attend, patch_probabilities
 from xkd_fast.model.layers import gelu_linear, norm_linear
 from xkd_fast.reference import Block
+
+BACKEND = "inductor"  # of torch.compile
+PROGRAMS = 64  # compiled programs per function at most
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,44 @@ def run_last_block(
     return mlp(block, x + block.proj(_joined(mixed))), probabilities
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, groups: Sequence[Group], attend: Attend) -> Tensor:
-    """A stack of blocks on packed tokens [M, D]."""
-    for block in blocks:
-        x = run_block(block, x, groups, attend)  # type: ignore[arg-type]
-    return x
-
-
 def _joined(mixed: list[Tensor]) -> Tensor:
     rows = [part.flatten(0, 1) for part in mixed]
     return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+class BlockRunner:
+    """How blocks are run: with which attention, compiled or not, keeping their insides for the backward pass or not.
+
+    Args:
+        attend: attention backend.
+        compiled: pass every function through ``torch.compile``. All blocks of one kind and token count share the result.
+        checkpointed: keep only what enters a block and compute the block again in the backward pass.
+    """
+
+    def __init__(self, attend: Attend, *, compiled: bool, checkpointed: bool) -> None:
+        self.attend, self.checkpointed, self._compiled = attend, checkpointed, compiled
+        self._programs: dict[Callable[..., object], Callable[..., object]] = {}
+        if compiled:  # one program per token count, with and without gradient: more than the default admits
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PROGRAMS)
+        self.block = self.compile(run_block)
+        self.last_block = self.compile(run_last_block)
+
+    def compile(self, function: F) -> F:
+        """``function``, compiled if that is wanted; the same one for the same function."""
+        if not self._compiled:
+            return function
+        if function not in self._programs:
+            self._programs[function] = torch.compile(function, dynamic=False, fullgraph=True, backend=BACKEND)
+        return self._programs[function]  # type: ignore[return-value]
+
+    def blocks(self, blocks: Sequence[nn.Module], x: Tensor, groups: Sequence[Group]) -> Tensor:
+        """A stack of blocks on packed tokens [M, D]."""
+        for block in blocks:
+            if self.checkpointed and torch.is_grad_enabled():
+                x = checkpoint(self.block, block, x, groups, self.attend, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self.block(block, x, groups, self.attend)  # type: ignore[arg-type]
+        return x

@@ -16,12 +16,14 @@ from xkd_fast.model.attention import choose
 from xkd_fast.model.autoencoder import decode_masked
 from xkd_fast.model.components import component
 from xkd_fast.model.half import HalfCopy
-from xkd_fast.model.options import ModelOptions
+from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
+from xkd_fast.model.precision import as_written
 from xkd_fast.model.refine import refined_mean, refinement_weights
+from xkd_fast.model.streams import SideStream
 from xkd_fast.model.tokens import embed, gather_patches
-from xkd_fast.model.vit import Group, pack, run_blocks, run_last_block, unpack
+from xkd_fast.model.vit import BlockRunner, Group, pack, unpack
 from xkd_fast.objective.losses import Losses
-from xkd_fast.reference import MODALITIES, Network
+from xkd_fast.reference import MODALITIES, Block, Network
 
 
 class XKD(reference.XKD):
@@ -30,6 +32,7 @@ class XKD(reference.XKD):
     def __init__(self, options: ModelOptions) -> None:
         super().__init__(options)
         self.attention = choose(options.attention)
+        self.runner = BlockRunner(self.attention.attend, compiled=options.compile, checkpointed=options.checkpointing)
         self._half: HalfCopy | None = None
 
     def forward(self, views: Views, masks: MaskNoise | None = None) -> Losses:
@@ -38,7 +41,8 @@ class XKD(reference.XKD):
         clips = {"video": [views.video_global, *views.video_locals], "audio": [views.audio_global, *views.audio_locals]}
         order = {m: noise.argsort(dim=1, stable=True) for m, noise in (("video", masks.video), ("audio", masks.audio))}
 
-        with torch.no_grad(), component("teachers"):
+        side = SideStream(views.video_global.device, wanted=self.options.teacher_stream)
+        with side, torch.no_grad(), component("teachers"):
             teacher_clip = 1 if self.options.teacher_view == "local" else 0
             teacher_logits, weights = self.teach({m: clips[m][teacher_clip] for m in MODALITIES})
         with component("students"):
@@ -47,13 +51,14 @@ class XKD(reference.XKD):
         for modality in MODALITIES:
             with component("decoders"):
                 tokens = encoded[modality][0]
-                predicted[modality] = decode_masked(self.decoder(modality), tokens, order[modality], self.attention.attend)
+                predicted[modality] = decode_masked(self.decoder(modality), tokens, order[modality], self.runner)
             with component("heads"):
                 student = self.student(modality)
                 pooled = [student.encoder.patch_tokens(tokens).mean(dim=1) for tokens in encoded[modality]]
                 student_logits[modality] = student.head(torch.cat(pooled))
 
-        with component("objectives"), torch.autocast(views.video_global.device.type, enabled=False):
+        side.join([*teacher_logits.values(), *weights.values()])
+        with component("objectives"), as_written(views.video_global.device):
             return self.masked_objectives(clips, predicted, order, student_logits, teacher_logits, weights)
 
     def encode_students(self, clips: dict[str, list[Tensor]], order: dict[str, Tensor]) -> dict[str, list[Tensor]]:
@@ -62,7 +67,7 @@ class XKD(reference.XKD):
         encoded: dict[str, list[Tensor]] = {}
         for together in self.passes("student"):
             x, groups = pack([tokens for m in together for tokens in embedded[m]])
-            x = run_blocks(self.student(together[0]).encoder.blocks, x, groups, self.attention.attend)
+            x = self.runner.blocks(self.student(together[0]).encoder.blocks, x, groups)  # type: ignore[arg-type]
             rows = x.split([sum(tokens.shape[0] * tokens.shape[1] for tokens in embedded[m]) for m in together])
             for modality, part in zip(together, rows, strict=True):
                 normed = self.student(modality).encoder.norm(part)
@@ -84,14 +89,9 @@ class XKD(reference.XKD):
             embedded = [embed(teachers[m].encoder, [clips[m]], visible=None)[0] for m in together]
             x, groups = pack(embedded)
             blocks = teachers[together[0]].encoder.blocks
-            x = run_blocks(blocks[:-1], x, groups, self.attention.attend)  # type: ignore[arg-type]
-            x, probabilities = run_last_block(
-                blocks[-1],  # type: ignore[arg-type]
-                x,
-                groups,
-                self.attention.attend,
-                has_cls=self.options.cls_token,
-            )
+            x = self.runner.blocks(blocks[:-1], x, groups)  # type: ignore[arg-type]
+            last: Block = blocks[-1]  # type: ignore[assignment]
+            x, probabilities = self.runner.last_block(last, x, groups, self.attention.attend, has_cls=self.options.cls_token)
             if len(probabilities) < len(together):  # both modalities of equal length share a group
                 probabilities = list(probabilities[0].split([len(part) for part in embedded]))
             rows = x.split([part.shape[0] * part.shape[1] for part in embedded])
@@ -125,7 +125,7 @@ class XKD(reference.XKD):
         weights: dict[str, Tensor],
     ) -> Losses:
         """The reference's objectives, given predictions [B, N − keep, P] and targets of masked patches alone."""
-        patch = {"video": self.options.video.patch, "audio": self.options.audio.patch}
-        targets = {m: gather_patches(clips[m][0], order[m][:, self.keep(m) :], patch[m]) for m in MODALITIES}
+        options: dict[str, VideoOptions | AudioOptions] = {"video": self.options.video, "audio": self.options.audio}
+        targets = {m: gather_patches(clips[m][0], order[m][:, self.keep(m) :], options[m]) for m in MODALITIES}
         recon = {m: reference.patch_error(predicted[m], targets[m]) for m in MODALITIES}
         return self.combine(recon, student, teacher, weights)
