@@ -170,7 +170,7 @@ def test_the_seed_moves_samples_between_shards(mixed: Path) -> None:
     sources = find_sources(mixed)
     first, again, other = shuffle(sources, 0), shuffle(sources[::-1], 0), shuffle(sources, 1)
     assert first == again and first != other and sorted(first, key=lambda s: s.name) == sources
-    many = shuffle([Source(f"{name}/{k}.mp4", name) for name in "abcd" for k in range(100)], 0)
+    many = shuffle([Source(f"{name}/{k}.mp4", name, 0) for name in "abcd" for k in range(100)], 0)
     for start in range(0, 400, 50):
         assert min(Counter(source.class_name for source in many[start : start + 50]).values()) >= 4
 
@@ -207,7 +207,9 @@ def test_which_files_count(media: Path, tmp_path: Path) -> None:
     names = ["a/ONE.MKV", "a/b/c/two.Mp4", "three.webm", ".hidden.mkv", "a/._one.mkv", ".trash/four.mkv", "a/note.txt", "a/mkv"]
     source = place(media, tmp_path / "videos", dict.fromkeys(names, "good"))
     (source / "folder.mp4").mkdir()
-    assert find_sources(source) == [Source("a/ONE.MKV", "a"), Source("a/b/c/two.Mp4", "a"), Source("three.webm", None)]
+    size = (source / "three.webm").stat().st_size
+    expected = {"a/ONE.MKV": "a", "a/b/c/two.Mp4": "a", "three.webm": None}
+    assert find_sources(source) == [Source(name, folder, size) for name, folder in expected.items()]
     assert {".mp4", ".webm", ".mkv", ".avi", ".mov"} <= VIDEO_SUFFIXES
 
 

@@ -19,14 +19,16 @@ def test_videos_of_an_earlier_configuration_are_replaced(tmp_path: Path) -> None
     def render(seed: int) -> dict[str, bytes]:
         demo = DemoData(
             videos=str(tmp_path / "videos"),
-            shards=str(tmp_path / f"shards-{seed}"),
+            shards=str(tmp_path / "shards"),
             render=replace(options, seed=seed),
             test_clips_per_class=1,
             short_side=16,
         )
         ensure_rendered(Config(data=DataOptions(demo=demo)), Console(quiet=True), workers=1)
-        return {str(path): path.read_bytes() for path in (tmp_path / "videos").rglob("*.mp4")}
+        files = (*(tmp_path / "videos").rglob("*.mp4"), *(tmp_path / "shards").rglob("*.tar"))
+        return {str(path): path.read_bytes() for path in files}
 
     first, second = render(0), render(1)
-    assert first.keys() == second.keys() and len(first) == 4
+    assert first.keys() == second.keys() and len(first) == 6
     assert all(first[name] != second[name] for name in first)
+    assert render(1) == second

@@ -91,6 +91,7 @@ class Source:
 
     name: str  # path below the source folder, forward slashes
     class_name: str | None
+    size: int  # bytes; -1 where it cannot be read
 
 
 @dataclass
@@ -116,7 +117,9 @@ def find_sources(root: Path) -> list[Source]:
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; name the folder that holds the videos, in one sub-folder per class")
-    sources = [Source(name, name.split("/", 1)[0] if "/" in name else None) for name in sorted(_video_names(root))]
+    sources = [
+        Source(name, name.split("/", 1)[0] if "/" in name else None, _size(root / name)) for name in sorted(_video_names(root))
+    ]
     if not sources:
         raise UserError(f"{root} holds no video; files with one of these endings count: {' '.join(sorted(VIDEO_SUFFIXES))}")
     return sources
@@ -144,6 +147,13 @@ def _video_names(root: Path) -> Iterator[str]:
                 yield folder + entry.name
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # converting it will tell why
+        return -1
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
@@ -162,8 +172,9 @@ def shuffle(sources: list[Source], seed: int) -> list[Source]:
 
 def plan_of(sources: list[Source], options: PrepareOptions) -> dict[str, Any]:
     """What identifies a run: its options and its sources. A folder is only continued by the same plan."""
-    names = "\0".join(source.name for source in sources).encode("utf-8", "surrogateescape")
-    return {"format": FORMAT, "options": options.content(), "sources": len(sources), "names": hashlib.sha256(names).hexdigest()}
+    names = "\0".join(f"{source.name}\0{source.size}" for source in sources).encode("utf-8", "surrogateescape")
+    digest = hashlib.sha256(names).hexdigest()
+    return {"format": FORMAT, "options": options.content(), "sources": len(sources), "names_and_sizes": digest}
 
 
 def check_plan(destination: Path, plan: dict[str, Any]) -> None:
@@ -191,7 +202,7 @@ def check_plan(destination: Path, plan: dict[str, Any]) -> None:
         if stored != plan:
             raise UserError(
                 f"{destination} was prepared from {stored.get('sources')} videos, and the source folder now holds "
-                f"{plan['sources']} or others; choose another folder, or delete this one"
+                f"{plan['sources']} or others, by name or size; choose another folder, or delete this one"
             )
         return
     if any(entry.name != aside(path).name for entry in destination.iterdir()):  # that one is of a call that was cut off here
@@ -199,11 +210,26 @@ def check_plan(destination: Path, plan: dict[str, Any]) -> None:
     write_aside(path, json.dumps(plan, indent=2).encode())
 
 
+def _continues(destination: Path, plan: dict[str, Any]) -> bool:
+    try:
+        check_plan(destination, plan)
+    except UserError:
+        return False
+    return True
+
+
+def _remove_shards(destination: Path) -> None:
+    """Remove what prepare wrote, the plan last: cut off in between, the folder is still prepare's own."""
+    for path in (*destination.glob("shard-*"), *(destination / name for name in (REPORT, MANIFEST, PLAN))):
+        path.unlink(missing_ok=True)
+
+
 def prepare(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     options: PrepareOptions | None = None,
     *,
+    replace: bool = False,
     console: Console | None = None,
 ) -> PrepareReport:
     """Turn a folder of videos into a shard set; call again after an interruption to go on.
@@ -212,6 +238,7 @@ def prepare(
         source: folder of videos; sub-folders of it are the classes.
         destination: folder of the shards.
         options: sizes, codec, workers.
+        replace: remove shards of other sources or options rather than refuse the folder.
         console: where progress is shown.
 
     Raises:
@@ -231,7 +258,10 @@ def prepare(
         raise UserError(f"{destination} cannot be made a folder ({error.strerror}); name another one for the shards") from error
     try:
         with sole_use(destination):
-            check_plan(destination, plan_of(sources, options))
+            plan = plan_of(sources, options)
+            if replace and (destination / PLAN).is_file() and not _continues(destination, plan):
+                _remove_shards(destination)
+            check_plan(destination, plan)
             return _prepare(root, destination, sources, options, workers, console)
     except BlockingIOError as error:
         raise UserError(f"another prepare is writing to {destination}; wait for it, or stop it") from error

@@ -26,7 +26,7 @@ def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
 def ensure_rendered(config: Config, console: Console, *, workers: int) -> None:
     """Render the videos of ``config.data.demo`` and prepare their shards, as far as they are missing; nothing without one.
 
-    Videos that an earlier ``config.data.demo`` rendered there are replaced.
+    Videos and shards that an earlier ``config.data.demo`` left there are replaced.
 
     The test split is of another seed: none of its clips is among the training clips.
     """
@@ -51,4 +51,4 @@ def ensure_rendered(config: Config, console: Console, *, workers: int) -> None:
         prepare_options = PrepareOptions(
             codec="mjpeg", fps=config.data.fps, short_side=demo.short_side, sample_rate=config.data.sample_rate, workers=workers
         )
-        prepare(videos, shards, prepare_options, console=console)
+        prepare(videos, shards, prepare_options, replace=True, console=console)
