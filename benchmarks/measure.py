@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+
+from xkd_fast.analysis.flops import flop_counter
 
 
 def saved_bytes(forward: Callable[[], Tensor]) -> int:
@@ -49,6 +50,6 @@ def launches(work: Callable[[], object]) -> int:
 
 def flops(work: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products and attention of ``work``."""
-    with FlopCounterMode(display=False) as counted:
+    with flop_counter() as counted:
         work()
     return int(counted.get_total_flops())

@@ -301,6 +301,11 @@ def test_other_sources_are_refused(media: Path, tmp_path: Path) -> None:
     place(media, source, {"a/3.mkv": "good"})
     with pytest.raises(UserError, match="now holds 3 or others"):
         run(source, tmp_path / "shards")
+    run(source, tmp_path / "more")
+    with open(source / "a" / "3.mkv", "ab") as file:
+        file.write(b"longer")
+    with pytest.raises(UserError, match="now holds 3 or others, by name or size"):
+        run(source, tmp_path / "more")
 
 
 @pytest.mark.parametrize("plan", ["[]", "{", "{}", '{"format": 1}', '{"format": 1, "options": 3}', '{"format": 9}'])

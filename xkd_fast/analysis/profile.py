@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from xkd_fast.analysis.flops import flop_counter
 from xkd_fast.config import Config
 from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.engine.ema import TeacherUpdate
@@ -248,7 +249,7 @@ def profile(
         clock = _Clock(device)
         with listening(clock):
             step()
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             counted = _FlopCount(counter)
             with listening(counted):
                 step()

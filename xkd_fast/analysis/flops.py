@@ -1,0 +1,145 @@
+"""Floating-point operations of a training step, from the model's options alone, part by part.
+
+Counted are matrix products, attention's included, two operations for each multiplication with its addition: what
+``torch.utils.flop_counter`` counts, and what utilisation is measured against. :func:`flop_counter` is that counter, with the
+CPU's fused attention, which it leaves out by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
+
+PARTS = ("teachers", "students", "decoders", "heads")
+EAGER_BACKWARD = 2.0  # products of attention's backward pass over those of its forward pass: probabilities kept
+FUSED_BACKWARD = 2.5  # scores computed again
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations per clip."""
+
+    forward: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        """Of both passes."""
+        return self.forward + self.backward
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward)
+
+
+NOTHING = Flops(0, 0)
+
+
+def flop_counter() -> FlopCounterMode:
+    """A counter of what runs inside it."""
+    aten = torch.ops.aten
+
+    def forward(q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
+        return int(sdpa_flop_count(q, k, v))
+
+    def backward(gradient: Any, q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
+        return int(sdpa_backward_flop_count(gradient, q, k, v))
+
+    fused = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=fused)
+
+
+def linear(rows: int, inputs: int, outputs: int, *, first: bool = False) -> Flops:
+    """A linear layer; the ``first`` one of a network has no gradient to its input."""
+    product = 2 * rows * inputs * outputs
+    return Flops(product, product if first else 2 * product)
+
+
+def attention(queries: int, keys: int, width: int, backward: float) -> Flops:
+    """Scores and their product with the values, all heads together."""
+    forward = 4 * queries * keys * width
+    return Flops(forward, round(backward * forward))
+
+
+def block(queries: int, keys: int, width: int, hidden: int, backward: float) -> Flops:
+    """A transformer block over ``keys`` tokens of which the last ``queries`` are wanted."""
+    mixing = linear(keys, width, 3 * width) + attention(queries, keys, width, backward) + linear(queries, width, width)
+    return mixing + linear(queries, width, hidden) + linear(queries, hidden, width)
+
+
+def stack(depth: int, tokens: int, width: int, hidden: int, backward: float) -> Flops:
+    """``depth`` blocks over one sequence."""
+    one = block(tokens, tokens, width, hidden, backward)
+    return Flops(depth * one.forward, depth * one.backward)
+
+
+def head(rows: int, options: ModelOptions) -> Flops:
+    """The projection head."""
+    sizes = (options.encoder.width, options.head.hidden, options.head.hidden, options.head.bottleneck, options.head.prototypes)
+    layers = (linear(rows, inputs, outputs) for inputs, outputs in pairwise(sizes))
+    return sum(layers, NOTHING)
+
+
+def step_flops(options: ModelOptions) -> dict[str, Flops]:
+    """Operations per clip of every part of a model's step, for the implementation that ``options`` name.
+
+    Without activation checkpointing, whose second forward pass is no work of the model's. Prototypes are taken to train.
+    """
+    is_fast = options.implementation == "fast"
+    backward = FUSED_BACKWARD if is_fast and options.attention != "eager" else EAGER_BACKWARD
+    width, depth, cls = options.encoder.width, options.encoder.depth, int(options.cls_token)
+    hidden = int(width * options.mlp_ratio)
+    parts = dict.fromkeys(PARTS, NOTHING)
+    clips: tuple[VideoOptions | AudioOptions, ...] = (options.video, options.audio)
+    for clip in clips:
+        local, numbers, keep = math.prod(clip.local_grid), clip.patch_numbers, clip.keep
+        embedded = (keep if is_fast else clip.tokens) + clip.local_views * local
+        students = linear(embedded, numbers, width, first=True)
+        for tokens in (keep, *[local] * clip.local_views):
+            students += stack(depth, cls + tokens, width, hidden, backward)
+        parts["students"] += students
+        parts["decoders"] += decoder(options, clip, backward)
+        parts["heads"] += head(1 + clip.local_views, options)
+        parts["teachers"] += teacher(options, local if options.teacher_view == "local" else clip.tokens, numbers)
+    return parts
+
+
+def decoder(options: ModelOptions, clip: VideoOptions | AudioOptions, backward: float) -> Flops:
+    """A modality's decoder; the fast one's last block and projection see masked tokens alone."""
+    is_fast, cls = options.implementation == "fast", int(options.cls_token)
+    width, depth = options.decoder.width, options.decoder.depth
+    hidden, tokens = int(width * options.mlp_ratio), cls + clip.tokens
+    wanted = clip.tokens - clip.keep
+    whole = stack(depth - 1, tokens, width, hidden, backward)
+    whole += block(wanted if is_fast else tokens, tokens, width, hidden, backward)
+    if width != options.encoder.width:
+        whole += linear(cls + clip.keep, options.encoder.width, width)
+    if width != clip.patch_numbers:
+        whole += linear(wanted if is_fast else clip.tokens, width, clip.patch_numbers)
+    return whole
+
+
+def teacher(options: ModelOptions, tokens: int, numbers: int) -> Flops:
+    """A modality's teacher: no backward pass."""
+    width, depth, length = options.encoder.width, options.encoder.depth, int(options.cls_token) + tokens
+    forward = linear(tokens, numbers, width).forward
+    forward += stack(depth, length, width, int(width * options.mlp_ratio), 0).forward + head(1, options).forward
+    if options.implementation == "fast":
+        queries = 1 if options.cls_token else length
+        forward += 2 * queries * length * width  # the last block's probabilities of the patches
+        forward += 2 * tokens * width  # the refined mean
+    return Flops(forward, 0)
+
+
+def total(parts: dict[str, Flops]) -> Flops:
+    """All parts together."""
+    return sum(parts.values(), NOTHING)
