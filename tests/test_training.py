@@ -56,7 +56,14 @@ def run(arguments: list[str], code: int = 0) -> str:
     done = subprocess.run(arguments, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=900)
     output = done.stdout + done.stderr
     assert done.returncode == code, output[-5000:]
+    if "--master_port" in arguments:
+        assert not shared_buffers(arguments[arguments.index("--master_port") + 1])
     return output
+
+
+def shared_buffers(port: str) -> list[Path]:
+    """Shared memory that a run's ranks left behind."""
+    return list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
 
 
 def rows(output: Path) -> list[dict[str, float]]:
@@ -87,6 +94,7 @@ def start_and_kill(arguments: list[str], output: Path, steps: int) -> None:
     with training(arguments, output, steps) as launcher:
         for process in [launcher, *psutil.Process(launcher.pid).children(recursive=True)]:
             process.kill()
+    assert not shared_buffers(arguments[arguments.index("--master_port") + 1])
 
 
 @pytest.fixture(scope="module")

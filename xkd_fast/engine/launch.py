@@ -50,7 +50,20 @@ def start_deepspeed(device: str = "auto") -> Any:
     deepspeed.utils.logger.setLevel(logging.ERROR)
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)
+        dist.barrier()
+        _unlink_shared_buffer()
     return deepspeed
+
+
+def _unlink_shared_buffer() -> None:
+    """Take the name from the memory that this rank shares with DeepSpeed's other ranks on a CPU, 66 MiB of /dev/shm.
+
+    DeepSpeed never does: every run would keep its memory until the machine restarts. Once all ranks have mapped it the name is
+    of no use, and without one it goes with the last of them, however they end.
+    """
+    variables = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], dist.get_rank()
+    name = "_".join(("deepspeed_allreduce_buffer", str(os.getuid()), *map(str, variables)))
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def require_build_tools() -> None:
