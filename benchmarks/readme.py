@@ -1,7 +1,7 @@
 """Keeps the README's results true: they are generated from JSON files in ``benchmarks/results/``.
 
 ``python -m benchmarks.readme RUN`` takes up the demo run in the folder RUN (``runs/demo``) as ``demo_cpu.json`` and rewrites
-the README's table; without RUN it rewrites the table from the JSON that is there.
+the README's tables; without RUN it rewrites the tables from the JSON that is there.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 from benchmarks import record
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- demo -->", "<!-- /demo -->"
-NAME = "demo_cpu"
+DEMO = "demo_cpu"
 
 
 def collect(run: Path) -> dict[str, Any]:
@@ -36,8 +35,9 @@ def collect(run: Path) -> dict[str, Any]:
     }
 
 
-def render(result: dict[str, Any]) -> str:
-    """The README's paragraph about a demo run."""
+def demo_paragraph() -> str:
+    """About the demo run."""
+    result = json.loads((record.RESULTS / f"{DEMO}.json").read_text())
     evaluation = result["evaluation"]
     lines = [
         "One run of `make demo`, one seed: top-1 accuracy, in per cent, of linear SVMs on frozen features of",
@@ -59,23 +59,52 @@ def render(result: dict[str, Any]) -> str:
     time = f"The whole of it took {result['seconds']:.0f} s with {result['processes']} processes of"
     time += f" {result['threads_per_process']} thread:"
     speed = f"{result['steps']} steps at {result['clips_per_second']:.0f} clips/s (median), {share},"
-    lines += ["", time, speed, f"on {result['device']}, torch {result['torch']} (`benchmarks/results/{NAME}.json`)."]
+    lines += ["", time, speed, f"on {result['device']}, torch {result['torch']} (`benchmarks/results/{DEMO}.json`)."]
     return "\n".join(lines)
 
 
-def with_table(readme: str, paragraph: str) -> str:
-    """The README's text with the paragraph in its place."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{paragraph}\n{END}{after}"
+def step_paragraph() -> str:
+    """About the full training step, every measured one."""
+    results = [json.loads(path.read_text()) for path in sorted(record.RESULTS.glob("step_*.json"))]
+    if not results:
+        return "Not measured yet."
+    lines = [
+        "The full step (forward, backward, per-tensor clipping, AdamW, teachers, centres), contestants in turns; ratios are",
+        "medians over rounds, with their range (`benchmarks/results/step_*.json`).",
+        "",
+        "| model | precision | clips | fast, clips/s | against the reference | against the strong one | kept for backward |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        for row in result["rows"]:
+            ratios = [row["fast_against"][name] for name in ("reference", "strong")]
+            told = [f"{ratio['median']:.2f} × ({ratio['min']:.2f}-{ratio['max']:.2f})" for ratio in ratios]
+            kept = row["costs"]["fast"]["saved_bytes"] / row["costs"]["reference"]["saved_bytes"]
+            cells = [result["model"], result["precision"], row["clips"], f"{row['clips_per_second']['fast']:.3g}", *told]
+            lines.append(f"| {' | '.join(map(str, cells))} | {kept:.2f} × |")
+    machines = sorted({f"{result['device']}, torch {result['torch']}" for result in results})
+    return "\n".join([*lines, "", f"On {'; '.join(machines)}."])
+
+
+PARAGRAPHS = {"demo": demo_paragraph, "step": step_paragraph}
+
+
+def with_paragraph(readme: str, name: str, paragraph: str) -> str:
+    """The README's text with a paragraph in the place that carries its name."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, rest = readme.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{paragraph}\n{end}{after}"
 
 
 def main(arguments: list[str]) -> None:
     """Take up a run, if one is named, and rewrite the README."""
     if arguments:
-        record.write(NAME, collect(Path(arguments[0])))
-    result = json.loads((record.RESULTS / f"{NAME}.json").read_text())
-    README.write_text(with_table(README.read_text(), render(result)))
+        record.write(DEMO, collect(Path(arguments[0])))
+    text = README.read_text()
+    for name, paragraph in PARAGRAPHS.items():
+        text = with_paragraph(text, name, paragraph())
+    README.write_text(text)
 
 
 if __name__ == "__main__":
