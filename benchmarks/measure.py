@@ -10,24 +10,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xkd_fast.analysis.flops import flop_counter
+from xkd_fast.analysis.kept import Kept
 
 
 def saved_bytes(forward: Callable[[], Tensor]) -> int:
     """Bytes of distinct storages that autograd keeps for the backward pass, parameters left out."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        root = tensor._base if tensor._base is not None else tensor
-        if not isinstance(root, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = forward()  # alive until all is counted: a freed storage's address would be used again
-    total = sum(kept.values())
-    del result
-    return total
+    kept = Kept()
+    kept.count(forward)
+    return sum(kept.bytes.values())
 
 
 class _Launches(TorchDispatchMode):

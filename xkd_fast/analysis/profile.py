@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from xkd_fast.analysis.flops import flop_counter
+from xkd_fast.analysis.kept import Kept
 from xkd_fast.config import Config
 from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.engine.ema import TeacherUpdate
@@ -92,28 +92,6 @@ class _FlopCount:
 
     def leave(self, name: str) -> None:
         self.flops[name] += self._counter.get_total_flops() - self._before
-
-
-class _Kept:
-    """Bytes of distinct storages that each part keeps for the backward pass, parameters left out."""
-
-    def __init__(self) -> None:
-        self.bytes: dict[str, int] = defaultdict(int)
-        self._part, self._seen = "other", set[int]()
-
-    def enter(self, name: str) -> None:
-        self._part = name
-
-    def leave(self, name: str) -> None:
-        self._part = "other"
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        root = tensor._base if tensor._base is not None else tensor
-        storage = tensor.untyped_storage()
-        if not isinstance(root, torch.nn.Parameter) and storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.bytes[self._part] += storage.nbytes()
-        return tensor
 
 
 def _wait(device: torch.device) -> None:
@@ -253,10 +231,9 @@ def profile(
             counted = _FlopCount(counter)
             with listening(counted):
                 step()
-        kept = _Kept()
-        with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor), listening(kept):
-            alive = step.forward()
-        del alive
+        kept = Kept()
+        with listening(kept):
+            kept.count(lambda: step.forward().total)
         with traced(device, trace):
             step()
     except torch.OutOfMemoryError as error:
