@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -179,7 +180,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(uninterrupted: tuple[Path, Path
         printed = run([sys.executable, *command(output, data, *options, "--resume", "auto")[5:]], code=2)
         (error,) = {line for line in printed.splitlines() if line.startswith("error:")}
         assert f"{output}/checkpoints/step-00000002 is damaged or incomplete" in error, error
-        assert error.endswith(f"resume from the one before, --resume {output}/checkpoints/step-00000001")
+        assert error.endswith(f"resume from the one before, checkpoint.resume={output}/checkpoints/step-00000001")
         assert "Traceback" not in printed
     run([sys.executable, *command(output, data, *options, "--resume", f"{output}/checkpoints/step-00000001")[5:]])
 
@@ -232,6 +233,55 @@ def test_ending_the_demo_ends_its_training_too(uninterrupted: tuple[Path, Path, 
     assert int(checkpoint.name.removeprefix("step-")) == rows(output)[-1]["step"] < 300
     printed = output.with_suffix(".log").read_text()
     assert f"goes on from {checkpoint}" in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGHUP))
+def test_ending_the_demo_before_a_rank_runs_ends_the_launcher(
+    uninterrupted: tuple[Path, Path, str], number: signal.Signals
+) -> None:
+    """Red if a request that comes while the launcher still starts is lost, and training goes on to its end."""
+    whole, data, _ = uninterrupted
+    output = whole.parent / f"early-{number.name}"
+    more = command(output, data, "train.epochs=5000")[6:]
+    with open(whole.parent / "early.log", "w+") as log:
+        demo = subprocess.Popen(
+            [sys.executable, "-m", "xkd_fast.cli", "demo", *more], cwd=REPOSITORY, env=environment(), stdout=log, stderr=log
+        )
+        family: list[psutil.Process] = []
+        while not any("deepspeed" in " ".join(process.cmdline()) for process in family):
+            assert demo.poll() is None
+            time.sleep(0.05)
+            family = [child for child in psutil.Process(demo.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
+        demo.send_signal(number)
+        assert demo.wait(timeout=120) == 128 + number
+        assert not psutil.wait_procs(family, timeout=30)[1]
+        log.seek(0)
+        printed = log.read()
+    assert "stopping: " in printed and f"stopped by {number.name}; the same command again goes on" in printed
+
+
+def test_a_launcher_that_is_killed_leaves_no_rank_training(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if ranks train on unattended once their launcher was killed, or lose what they did."""
+    whole, data, _ = uninterrupted
+    output = whole.parent / "orphans"
+    with training(command(output, data, "checkpoint.every_steps=0", "train.epochs=50"), output, steps=3) as launcher:
+        family = psutil.Process(launcher.pid).children(recursive=True)
+        launcher.kill()
+        assert not psutil.wait_procs(family, timeout=120)[1]
+    (checkpoint,) = (output / "checkpoints").glob("step-*")
+    assert int(checkpoint.name.removeprefix("step-")) == rows(output)[-1]["step"] < 300
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if a disk that fills up shows a traceback, or its half-written checkpoint keeps it full."""
+    whole, data, _ = uninterrupted
+    output = whole.parent / "full"
+    limit = f"ulimit -f 20; exec {sys.executable} xkd_fast/train.py " + " ".join(
+        shlex.quote(argument) for argument in command(output, data, "train.global_batch=4", "train.micro_batch=4")[6:]
+    )
+    printed = run(["bash", "-c", limit], code=2)
+    assert "step-00000004 cannot be written" in printed and "no checkpoint was written before" in printed
+    assert "Traceback" not in printed and not list((output / "checkpoints").iterdir())
 
 
 def test_a_run_that_cannot_start_leaves_no_folder(uninterrupted: tuple[Path, Path, str]) -> None:

@@ -49,6 +49,9 @@ __all__ = [
 # ------------------------------------------------------------------------------------------------------------- the options
 
 
+MAX_THREADS = 1024  # of one process
+
+
 @dataclass(frozen=True)
 class DemoData:
     """A rendered data set to train on, made where it is missing."""
@@ -113,7 +116,7 @@ class TrainOptions:
             self.global_batch % self.micro_batch == 0,
             f"train.global_batch = {self.global_batch} must be a multiple of train.micro_batch = {self.micro_batch}",
         )
-        require(self.threads >= 0, f"train.threads = {self.threads} must be 0 or more")
+        require(0 <= self.threads <= MAX_THREADS, f"train.threads = {self.threads} must lie in 0-{MAX_THREADS}")
         require(
             self.stop_after_steps is None or self.stop_after_steps >= 1,
             f"train.stop_after_steps = {self.stop_after_steps} must be 1 or more, or null",
@@ -217,7 +220,7 @@ class LogOptions:
     tensorboard: bool = option(True, "write TensorBoard events; false = off")
     jsonl: bool = option(True, "write the metrics as JSON lines; false = off")
     progress: bool = option(True, "tell how the run goes, with a progress bar on a terminal; false = print nothing but errors")
-    wandb: bool = option(False, "send the metrics to Weights & Biases (needs the extra `wandb`); false = off")
+    wandb: bool = option(False, "send the metrics to Weights & Biases (needs the package wandb); false = off")
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, f"log.every_steps = {self.every_steps} must be 1 or more")

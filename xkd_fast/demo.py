@@ -109,7 +109,8 @@ def pretrain(config: str, overrides: list[str], processes: int) -> int | None:
 
     from xkd_fast.engine.launcher import launcher_command, run_launcher
 
-    arguments = ["--config", config, "--resume", "auto", *overrides]
+    goes_on = [] if any(override.startswith("checkpoint.resume=") for override in overrides) else ["--resume", "auto"]
+    arguments = ["--config", config, *goes_on, *overrides]
     command = launcher_command(processes, Path(__file__).with_name("train.py"), arguments)
     environment = dict(os.environ, PATH=f"{Path(command[0]).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if not torch.cuda.is_available():

@@ -2,4 +2,10 @@
 
 
 class UserError(Exception):
-    """A wrong input. The message names the value, the rule it breaks and what to change."""
+    """A wrong input. The message names the value, the rule it breaks and what to change.
+
+    Attributes:
+        is_told: another process of the run tells this error; this one only ends.
+    """
+
+    is_told = False

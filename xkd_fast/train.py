@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from xkd_fast.engine.reporter import Reporter
     from xkd_fast.engine.schedule import Schedule
 
+TELLING = 2.0  # seconds that the first rank has to tell an error, before the launcher ends all ranks for another's end
+
 EXAMPLES = """examples:
   deepspeed xkd_fast/train.py                            train the demo; its data is rendered on first use
   deepspeed xkd_fast/train.py --config xkd_base_k400 'data.train=[/data/k400/shards]' output=runs/k400
@@ -45,13 +47,18 @@ def main(arguments: list[str] | None = None, program: str = "deepspeed xkd_fast/
     args = parse_arguments(arguments, program)
     try:
         resume = [] if args.resume is None else [f"checkpoint.resume={json.dumps(args.resume)}"]
+        if resume and any(override.startswith("checkpoint.resume=") for override in args.overrides):
+            raise UserError(f"--resume {args.resume} and checkpoint.resume=… are the same option; give one of them")
         config = load_config(args.config, [*args.overrides, *resume])
         if args.print_config:
             print(render_config(config), end="")
         else:
             train(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if error.is_told:
+            time.sleep(TELLING)
+        else:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.filename is None:

@@ -82,7 +82,7 @@ def _scalar(node: yaml.Node, line: int) -> Any:
     except (KeyError, ValueError):
         raise InvalidYaml(f"{shorten(text)} is not a value that is understood here", line) from None
     if not math.isfinite(number) or abs(number) > 1e300 or (tag == "int" and abs(number) >= 2**63):
-        raise InvalidYaml(f"{shorten(text)} is too large a number, or none", line)
+        raise InvalidYaml(f"{shorten(text)} is no finite number, or too large a one", line)
     return number
 
 

@@ -209,7 +209,11 @@ def summary_section(config: Config, rows: list[dict[str, float]]) -> Section:
 
 def curve_section(config: Config, rows: list[dict[str, float]]) -> Section:
     """Loss curves."""
-    return Section("Training", "Every logged step; averages over all ranks.", embed(curves(rows, config.model.head.prototypes)))
+    text = (
+        "Every logged step; averages over all ranks. Distillation is a cross entropy with targets that the teachers make and "
+        "sharpen as they learn: it, and the total with it, may rise while the features get better."
+    )
+    return Section("Training", text, embed(curves(rows, config.model.head.prototypes)))
 
 
 STYLE = """

@@ -53,8 +53,8 @@ class DataOptions:
                 raise ValueError(f"data.{name} = {value} must be above 0")
         for name in ("threads", "prefetch"):
             value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"data.{name} = {value} must be 1 or more")
+            if not 1 <= value <= 1024:
+                raise ValueError(f"data.{name} = {value} must lie in 1-1024")
         if self.local_audio_seconds > self.clip_seconds:
             raise ValueError(
                 f"data.local_audio_seconds = {self.local_audio_seconds} is longer than the clip; "

@@ -66,11 +66,11 @@ class PrepareOptions:
             f"short_side = {self.short_side} must be an even number of pixels in 16-4096",
         )
         require(8000 <= self.sample_rate <= 96000, f"sample_rate = {self.sample_rate} must lie in 8000-96000 Hz")
-        require(self.min_seconds >= 0, f"min_seconds = {self.min_seconds} must be 0 or more")
+        require(0 <= self.min_seconds <= 86400, f"min_seconds = {self.min_seconds} must lie in 0-86400")
         low, high = (2, 31) if self.codec == "mjpeg" else (0, 51)
         require(low <= self.encoder_quality <= high, f"quality = {self.quality} must lie in {low}-{high} for {self.codec}")
         require(self.samples_per_shard >= 1, f"samples_per_shard = {self.samples_per_shard} must be 1 or more")
-        require(self.seed >= 0, f"seed = {self.seed} must be 0 or more")
+        require(0 <= self.seed < 2**63, f"seed = {self.seed} must lie in 0-{2**63 - 1}")
         require(self.workers >= 0, f"workers = {self.workers} must be 0 or more")
         require(0 < self.seconds_per_file <= 86400, f"seconds_per_file = {self.seconds_per_file} must lie in 0-86400, above 0")
 
@@ -288,7 +288,7 @@ def _prepare(
     done = len(sources) - sum(len(shards[number]) for number in missing)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not missing) as progress:
         bar = progress.add_task(f"preparing {escape(destination.name)}", total=len(sources), completed=done, note="")
         skipped = 0
         with contextlib.closing(_convert_in_order(root, shards, missing, options, workers)) as outcomes:

@@ -20,6 +20,8 @@ TEST_SEED_OFFSET = 1_000_003  # test clips come from another seed than training 
 
 
 def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    if done < total:
+        progress.start()  # not where all is there already
     progress.update(task, completed=done, total=total)
 
 
@@ -40,7 +42,8 @@ def ensure_rendered(config: Config, console: Console, *, workers: int) -> None:
     for split, options in splits.items():
         videos, shards = Path(demo.videos) / split, Path(demo.shards) / split
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as progress:
+        progress = Progress(*columns, console=console)
+        try:
             render_dataset(
                 videos,
                 options,
@@ -48,6 +51,8 @@ def ensure_rendered(config: Config, console: Console, *, workers: int) -> None:
                 replace=True,
                 progress=partial(_show, progress, progress.add_task(f"rendering {split} videos")),
             )
+        finally:
+            progress.stop()
         prepare_options = PrepareOptions(
             codec="mjpeg", fps=config.data.fps, short_side=demo.short_side, sample_rate=config.data.sample_rate, workers=workers
         )

@@ -122,8 +122,12 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Give up: remove what was written."""
-        self._file.close()
-        self._aside.unlink(missing_ok=True)
+        try:
+            self._file.close()  # on a full disk this fails too
+        except OSError:
+            pass
+        finally:
+            self._aside.unlink(missing_ok=True)
 
 
 AGAIN = "copy or prepare the shards again"

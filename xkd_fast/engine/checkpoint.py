@@ -107,9 +107,26 @@ class Checkpoints:
                 replaced.rename(final)
 
     def save(self, engine: Engine, state: TrainState, config: Config) -> Path:
-        """Write a checkpoint; every rank takes part."""
+        """Write a checkpoint; every rank takes part.
+
+        Raises:
+            UserError: it cannot be written. Older checkpoints stand, and nothing is left of this one.
+        """
         final = self.directory / f"step-{state.step:08d}"
         partial = self.directory / f"{final.name}.partial"
+        try:
+            self._save(engine, state, config, final, partial)
+        except (OSError, RuntimeError) as error:  # torch's writer tells of a full disk as a RuntimeError
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = " ".join(str(error).split())[:200]
+            whole = self.found()
+            standing = f"{whole[-1]} stands, --resume auto goes on from there" if whole else "no checkpoint was written before"
+            raise UserError(
+                f"{final} cannot be written ({reason}); make room or name another output, then call again: {standing}"
+            ) from error
+        return final
+
+    def _save(self, engine: Engine, state: TrainState, config: Config, final: Path, partial: Path) -> None:
         is_first = dist.get_rank() == 0
         if is_first:
             self.recover()
@@ -139,7 +156,6 @@ class Checkpoints:
             for path in older[: -self.keep] if self.keep else []:
                 shutil.rmtree(path)
         dist.barrier()
-        return final
 
     def resolve(self, resume: str) -> Path | None:
         """The checkpoint that ``resume`` (``none``, ``auto`` or a path) names; None to start afresh.
@@ -250,12 +266,16 @@ def _damage_named(path: Path) -> Iterator[None]:
         ValueError,
         AttributeError,
         AssertionError,
+        TypeError,
+        IndexError,
         UserError,
     ) as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         reason = " ".join(str(error).split())[:300]
         older = [other for other in Checkpoints(path.parent).found() if other.name < path.name]
-        advice = f"resume from the one before, --resume {older[-1]}" if older else "there is no older one to resume from"
+        advice = (
+            f"resume from the one before, checkpoint.resume={older[-1]}" if older else "there is no older one to resume from"
+        )
         raise UserError(f"{path} is damaged or incomplete ({kind}{reason}); {advice}") from error
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -141,7 +142,7 @@ def _remove_empty(folder: Path) -> None:
 
 
 def first_rank_first(task: Callable[[], None]) -> None:
-    """Run ``task`` on rank 0 while the others wait; an error there is raised on every rank."""
+    """Run ``task`` on rank 0 while the others wait; an error there is raised on every rank, on rank 0 to be told."""
     failure: list[BaseException | None] = [None]
     if dist.get_rank() == 0:
         try:
@@ -150,13 +151,16 @@ def first_rank_first(task: Callable[[], None]) -> None:
             failure[0] = error
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
+        if dist.get_rank() > 0 and isinstance(failure[0], UserError):
+            failure[0].is_told = True
         raise failure[0]
 
 
 class StopSignal:
     """SIGTERM (a scheduler's warning) or Ctrl-C asks for a last checkpoint; all ranks agree on the step to stop at.
 
-    A second Ctrl-C ends the process at once.
+    So does the end of a launcher above this process, which would leave it training unattended. A second Ctrl-C ends the
+    process at once.
 
     Attributes:
         agreed: every rank knows that this is the last step.
@@ -164,6 +168,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._received = False
+        self._launchers = launchers_above()
         self.agreed = False
         signal.signal(signal.SIGTERM, self._receive)
         signal.signal(signal.SIGINT, self._receive)
@@ -175,6 +180,24 @@ class StopSignal:
 
     def agree(self, device: torch.device) -> None:
         """Tell the other ranks; call on the logging path only, it synchronises."""
-        flag = torch.tensor(int(self._received), device=device)
+        wanted = self._received or not all(map(_is_alive, self._launchers))
+        flag = torch.tensor(int(wanted), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         self.agreed = bool(flag.item())
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def launchers_above() -> list[psutil.Process]:
+    """The processes above this one that launch training: ``deepspeed`` in its two stages, and ``xkd-fast demo``."""
+    names = {"deepspeed", "deepspeed.launcher.launch", "xkd-fast"}
+    found = []
+    for process in psutil.Process().parents():
+        with suppress(psutil.Error):
+            if names & {Path(argument).name for argument in process.cmdline()[:5]}:
+                found.append(process)
+    return found

@@ -1,11 +1,12 @@
 """The ``deepspeed`` launcher as a child process that can be asked to stop.
 
-The launcher itself passes no signal on to the ranks of a single machine: ended alone, it leaves them training. So requests to
-stop go to the ranks directly, which write a checkpoint and end; the launcher then ends by itself.
+The launcher itself passes no signal on to the ranks of a single machine. So requests to stop go to the ranks directly, which
+write a checkpoint and end; the launcher then ends by itself.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -22,31 +23,49 @@ from xkd_fast.engine.launch import free_port
 def launcher_command(processes: int, script: Path, arguments: Sequence[str]) -> list[str]:
     """``deepspeed`` on this machine with so many ``processes`` of ``script``."""
     launcher = Path(sys.executable).with_name("deepspeed")
-    options = ["--log_level", "error", "--num_accelerators", str(processes), "--master_port", str(free_port())]
+    options = ["--log_level", "critical", "--num_accelerators", str(processes), "--master_port", str(free_port())]
     return [str(launcher), *options, str(script), *arguments]
 
 
 def run_launcher(command: Sequence[str], environment: dict[str, str]) -> tuple[int, int | None]:
     """Run the launcher to its end.
 
-    A first SIGTERM or Ctrl-C asks the ranks for a last checkpoint, a second ends them at once.
+    A first SIGTERM, SIGHUP or Ctrl-C asks the ranks for a last checkpoint, a second ends them at once. Where no rank has
+    started yet, the launcher itself is ended.
 
     Returns:
         Its exit code, and the signal that stopped it early, if one did.
     """
     stopped: list[int] = []
+    started: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopped.append(number)
-        for rank in ranks_of(launcher.pid):
-            with suppress(psutil.NoSuchProcess):
-                rank.send_signal(signal.SIGTERM if len(stopped) == 1 else signal.SIGKILL)
+        if len(stopped) == 1:
+            print("stopping: training writes a checkpoint and ends; once more ends it at once", file=sys.stderr)
+        for launcher in started:
+            _pass_on(launcher, signal.SIGTERM if len(stopped) == 1 else signal.SIGKILL)
 
-    # A session of its own: the terminal's Ctrl-C reaches this process alone.
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
-    with _handling(stop, signal.SIGTERM, signal.SIGINT):
+    with (
+        _handling(stop, signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+        subprocess.Popen(command, env=environment, start_new_session=True) as launcher,  # Ctrl-C reaches this process alone
+    ):
+        started.append(launcher.pid)
+        if stopped:
+            _pass_on(launcher.pid, signal.SIGTERM)
         code = launcher.wait()
     return code, stopped[0] if stopped else None
+
+
+def _pass_on(launcher: int, number: signal.Signals) -> None:
+    """Send a signal to a launcher's ranks; without ranks, or to end all, to every process of its session."""
+    with suppress(psutil.NoSuchProcess, ProcessLookupError):
+        ranks = ranks_of(launcher)
+        if number == signal.SIGKILL or not ranks:
+            os.killpg(launcher, number)
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
 
 
 def ranks_of(launcher: int) -> list[psutil.Process]:

@@ -195,7 +195,7 @@ def start_wandb(directory: Path, config: Config) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError("log.wandb = true needs the package wandb; install it with: pip install 'xkd-fast[wandb]'") from error
+        raise UserError("log.wandb = true needs the package wandb; install it with: pip install wandb") from error
     return wandb.init(dir=str(directory), config=config.as_dict(), resume="allow")
 
 

@@ -100,7 +100,7 @@ class SvmOptions:
             self.device != "cuda" or torch.cuda.is_available(),
             "--device cuda needs a GPU, and torch sees none here; use auto or cpu",
         )
-        _require(self.seed >= 0, f"--seed {self.seed} must be 0 or more")
+        _require(0 <= self.seed < 2**32, f"--seed {self.seed} must lie in 0-{2**32 - 1}")
         _require(
             self.test_data is None or self.test_data.resolve() != self.data.resolve(),
             f"--test-data {self.test_data} is the same folder as --data; leave it out to split --data into training and test",

@@ -51,7 +51,7 @@ class SyntheticOptions:
         require(
             self.sample_rate in AAC_RATES, f"sample_rate = {self.sample_rate} must be one of {', '.join(map(str, AAC_RATES))}"
         )
-        require(self.seed >= 0, f"seed = {self.seed} must be 0 or more")
+        require(0 <= self.seed < 2**63, f"seed = {self.seed} must lie in 0-{2**63 - 1}")
         low, high = self.radius
         require(
             0.05 <= low < high <= 0.3, f"radius = {list(self.radius)} must be two numbers, 0.05 <= smallest < largest <= 0.3"
