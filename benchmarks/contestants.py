@@ -20,6 +20,7 @@ from xkd_fast.engine.ema import TeacherUpdate
 from xkd_fast.engine.optimizer import ClippedAdamW, group_parameters
 from xkd_fast.model.build import build_model
 from xkd_fast.model.options import ModelOptions
+from xkd_fast.model.vit import PROGRAMS
 
 LR, BETAS, WEIGHT_DECAY, MAX_NORM, MOMENTUM = 1e-4, (0.9, 0.95), 0.3, 0.3, 0.997
 
@@ -129,7 +130,8 @@ class Strong(FewLaunches):
 
     def __init__(self, options: ModelOptions, device: torch.device, dtype: torch.dtype, *, compiled: bool = True) -> None:
         super().__init__(options, device, dtype)
-        if compiled:
+        if compiled:  # views of both modalities, with and without gradient: more programs than the default admits
+            torch._dynamo.config.recompile_limit = PROGRAMS
             for module in self.model.modules():
                 if isinstance(module, (reference.Block, reference.Head)):
                     module.compile(dynamic=False)
