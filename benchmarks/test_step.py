@@ -107,6 +107,7 @@ def test_step(measuring: bool, variant: Variant, precision: str) -> None:
         rows.append(row(clips, seconds, costs, peak))
         report(variant, precision, rows[-1])
         del entrants
+        torch._dynamo.reset()  # compiled programs hold on to their models
         gc.collect()
     if measuring:
         result = {"model": f"{variant} base", "precision": precision, "rows": rows}
