@@ -84,10 +84,13 @@ def training(arguments: list[str], output: Path, steps: int) -> Iterator[subproc
         while len(rows(output)) < steps:
             assert process.poll() is None and time.monotonic() < deadline, path.read_text()[-4000:]
             time.sleep(0.02)
-        yield process
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    member.kill()
+                process.wait()
 
 
 def start_and_kill(arguments: list[str], output: Path, steps: int) -> None:

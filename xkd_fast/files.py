@@ -41,9 +41,14 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk: nobody could tell which file
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            # such as a full disk: nobody could tell which file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+class InUse(OSError):
+    """A folder that another process has for its own."""
 
 
 @contextmanager
@@ -51,7 +56,7 @@ def sole_use(folder: Path) -> Iterator[None]:
     """Lock an existing folder against a second user of this function; the lock goes with the process, however it ends.
 
     Raises:
-        BlockingIOError: another process holds it.
+        InUse: another process holds it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -59,7 +64,7 @@ def sole_use(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise BlockingIOError(errno.EWOULDBLOCK, "another process is writing there", str(folder)) from error
+                raise InUse(error.errno, "another process is writing there", str(folder)) from error
             # some network file systems lock no folders: then nothing guards
         yield
     finally:

@@ -103,6 +103,7 @@ def test_compiled_blocks_equal_the_reference_and_are_compiled_once(monkeypatch: 
     assert got.total.item() == pytest.approx(expected.total.item(), rel=1e-11)
     gradients = dict(plain.named_parameters())
     for name, parameter in fast.named_parameters():
+        assert (parameter.grad is None) == (gradients[name].grad is None), name
         if parameter.grad is not None:
             assert (parameter.grad - gradients[name].grad).norm() < 1e-9 * gradients[name].grad.norm(), name
     programs = counters["stats"]["unique_graphs"]

@@ -28,7 +28,7 @@ from xkd_fast.data.convert import Converted, ConvertTask, Skipped
 from xkd_fast.data.shards import FORMAT, MANIFEST, NewSample, ShardWriter, index_path, read_json
 from xkd_fast.data.workers import PAUSE, Outcome, require_workers, run_tasks
 from xkd_fast.errors import UserError
-from xkd_fast.files import aside, sole_use, write_aside
+from xkd_fast.files import InUse, aside, sole_use, write_aside
 from xkd_fast.model.options import FORBID_EXTRA, option, require
 
 VIDEO_SUFFIXES = frozenset(
@@ -36,6 +36,7 @@ VIDEO_SUFFIXES = frozenset(
     .wmv""".split()  # noqa: SIM905
 )
 PLAN = "prepare.json"
+REPLACEABLE = "replaceable"  # in a plan: a later call with replace=True may remove the shards
 REPORT = "report.csv"
 REPORT_COLUMNS = ("source", "status", "reason", "detail", "key", "shard", "frames")
 AHEAD = 64  # sources converted ahead of a slow one, at most; bounds memory
@@ -210,6 +211,14 @@ def check_plan(destination: Path, plan: dict[str, Any]) -> None:
     write_aside(path, json.dumps(plan, indent=2).encode())
 
 
+def _is_replaceable(destination: Path) -> bool:
+    """Whether a folder says that a later prepare may replace what it holds; what users prepared by themselves never does."""
+    try:
+        return json.loads((destination / PLAN).read_text(encoding="utf-8")).get(REPLACEABLE) is True
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def _continues(destination: Path, plan: dict[str, Any]) -> bool:
     try:
         check_plan(destination, plan)
@@ -220,7 +229,7 @@ def _continues(destination: Path, plan: dict[str, Any]) -> bool:
 
 def _remove_shards(destination: Path) -> None:
     """Remove what prepare wrote, the plan last: cut off in between, the folder is still prepare's own."""
-    for path in (*destination.glob("shard-*"), *(destination / name for name in (REPORT, MANIFEST, PLAN))):
+    for path in (*destination.glob("shard-[0-9]*"), *(destination / name for name in (REPORT, MANIFEST, PLAN))):
         path.unlink(missing_ok=True)
 
 
@@ -238,7 +247,7 @@ def prepare(
         source: folder of videos; sub-folders of it are the classes.
         destination: folder of the shards.
         options: sizes, codec, workers.
-        replace: remove shards of other sources or options rather than refuse the folder.
+        replace: remove shards of other sources or options rather than refuse the folder, if they were prepared so themselves.
         console: where progress is shown.
 
     Raises:
@@ -258,12 +267,12 @@ def prepare(
         raise UserError(f"{destination} cannot be made a folder ({error.strerror}); name another one for the shards") from error
     try:
         with sole_use(destination):
-            plan = plan_of(sources, options)
-            if replace and (destination / PLAN).is_file() and not _continues(destination, plan):
+            plan = plan_of(sources, options) | ({REPLACEABLE: True} if replace else {})
+            if replace and _is_replaceable(destination) and not _continues(destination, plan):
                 _remove_shards(destination)
             check_plan(destination, plan)
             return _prepare(root, destination, sources, options, workers, console)
-    except BlockingIOError as error:
+    except InUse as error:
         raise UserError(f"another prepare is writing to {destination}; wait for it, or stop it") from error
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from xkd_fast.config import Config, render_config
 from xkd_fast.engine.engine import Engine
@@ -116,7 +117,7 @@ class Checkpoints:
         partial = self.directory / f"{final.name}.partial"
         try:
             self._save(engine, state, config, final, partial)
-        except (OSError, RuntimeError) as error:  # torch's writer tells of a full disk as a RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer tells of a full disk as a RuntimeError
             shutil.rmtree(partial, ignore_errors=True)
             reason = " ".join(str(error).split())[:200]
             whole = self.found()
@@ -205,6 +206,8 @@ FREE_OPTIONS = frozenset(
         "output",
         "log",
         "checkpoint",
+        "model.checkpointing",
+        "model.teacher_stream",
         "train.threads",
         "train.device",
         "train.stop_after_steps",

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from xkd_fast.errors import UserError
-from xkd_fast.files import sole_use
+from xkd_fast.files import InUse, sole_use
 
 TIMEOUT = timedelta(hours=2)  # of collectives: the first rank may render and prepare data while the others wait
 
@@ -125,7 +125,7 @@ def run_folder(folder: Path) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(sole_use(folder))
                 held.callback(_remove_empty, folder)
-            except BlockingIOError as error:
+            except InUse as error:
                 raise UserError(
                     f"output = {folder}: another run is training there; wait for it, stop it, or name another folder"
                 ) from error
@@ -170,8 +170,9 @@ class StopSignal:
         self._received = False
         self._launchers = launchers_above()
         self.agreed = False
-        signal.signal(signal.SIGTERM, self._receive)
-        signal.signal(signal.SIGINT, self._receive)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs of scripts have it
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = True
@@ -193,8 +194,8 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def launchers_above() -> list[psutil.Process]:
-    """The processes above this one that launch training: ``deepspeed`` in its two stages, and ``xkd-fast demo``."""
-    names = {"deepspeed", "deepspeed.launcher.launch", "xkd-fast"}
+    """The processes above this one that launch training: ``deepspeed`` in its two stages, ``torchrun``, ``xkd-fast demo``."""
+    names = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "xkd-fast"}
     found = []
     for process in psutil.Process().parents():
         with suppress(psutil.Error):

@@ -80,7 +80,8 @@ def ranks_of(launcher: int) -> list[psutil.Process]:
 
 @contextmanager
 def _handling(handler: signal._HANDLER, *signals: signal.Signals) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in signals}
+    heeded = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
     finally:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from types import TracebackType
 
 import torch
 from torch import Tensor
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one side stream of a device: memory that is freed on a stream serves that stream alone."""
+    return torch.cuda.Stream(device)
 
 
 class SideStream:
@@ -14,7 +21,7 @@ class SideStream:
 
     def __init__(self, device: torch.device, *, wanted: bool) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if wanted and device.type == "cuda" else None
+        self._stream = _stream(device) if wanted and device.type == "cuda" else None
         self._entered = torch.cuda.stream(self._stream)
 
     def __enter__(self) -> SideStream:
