@@ -36,7 +36,7 @@ $(shell [ "$$(cat $(STAMP) 2>&1)" = "$(CURDIR)" ] && [ -x $(BIN)/python ] || rm 
 .PHONY: help demo test test-all lint bench clean install
 
 help:
-	@echo "make demo      render videos, pretrain, evaluate and report, on the CPU (about 8 minutes)"
+	@echo "make demo      render videos, pretrain, evaluate and report, on the CPU"
 	@echo "make test      the tests, slow ones left out"
 	@echo "make test-all  every test"
 	@echo "make lint      style and types"
@@ -57,7 +57,7 @@ endef
 
 # The stamp is written last: an install that was cut off leaves none, and the next one starts over (pip's cache keeps it short).
 # torch and the build tools come first, because DeepSpeed's set-up looks at them; hence no build isolation either.
-$(STAMP): setup.py pyproject.toml constraints.txt
+$(STAMP): setup.py pyproject.toml constraints.txt xkd_fast/__init__.py
 	$(check_machine)
 	@echo "Installing into $(VENV) (some minutes the first time) ..."
 	@[ -e $@ ] || $(PYTHON) -m venv --clear $(VENV)
@@ -86,5 +86,6 @@ bench: $(STAMP)
 	@$(BIN)/python -m pytest benchmarks --benchmark $(PYTEST_ARGS)
 
 clean:
+	@[ ! -e $(VENV) ] || [ -e $(VENV)/pyvenv.cfg ] || [ $(VENV) = .venv ] || { echo "error: VENV=$(VENV) is no virtual environment, so it stays" >&2; exit 1; }
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

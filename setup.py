@@ -1,4 +1,4 @@
-"""What to install; name, version and requirements stand in pyproject.toml."""
+"""What to install; name and requirements stand in pyproject.toml, the version in xkd_fast/__init__.py."""
 
 from setuptools import find_packages, setup
 

@@ -19,10 +19,16 @@ DEMO = "demo_cpu"
 
 
 def collect(run: Path) -> dict[str, Any]:
-    """What a demo run came to: accuracies, speed, sizes."""
+    """What a demo run came to: accuracies, speed, sizes.
+
+    Raises:
+        ValueError: it was interrupted in between, so that its time is not known.
+    """
     reports = {name: json.loads((run / "svm" / name / "svm.json").read_text()) for name in ("pretrained", "untrained")}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "demo.json").read_text())
+    if summary["is_continued"]:
+        raise ValueError(f"{run} was gone on with by several calls; its time is that of the last one: run the demo afresh")
     return {
         **summary,
         "chance": reports["pretrained"]["chance"],

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from xkd_fast import cli, doctor
+from xkd_fast.data.shards import ShardSet
 from xkd_fast.errors import UserError
 from xkd_fast.model.options import option
 
@@ -36,6 +40,14 @@ def test_help_teaches(capsys):
     examples = [line.split()[1] for line in shown.splitlines() if line.strip().startswith("xkd-fast ")]
     assert len(examples) >= 4
     assert set(examples) - {"COMMAND"} <= set(cli.COMMANDS)
+
+
+def test_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """Red if ``--version`` needs a command, names another program, or another version than what pip has installed."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"xkd-fast {metadata.version('xkd-fast')}\n"
 
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
@@ -246,21 +258,42 @@ def test_doctor_prints_a_table_or_json(monkeypatch, capsys):
     assert "[odd]" in shown and "install [it]" in shown
 
 
-def test_doctor_reads_shards_through(tmp_path, capsys):
-    """Catches damage that goes unseen, and a check that stops at the first damaged sample."""
-    assert cli.main(["render", str(tmp_path / "videos"), "--clips-per-class", "1", "--seconds", "0.5", "0.6"]) == 0
-    assert cli.main(["prepare", str(tmp_path / "videos"), str(tmp_path / "shards"), "--min-seconds", "0.1"]) == 0
-    capsys.readouterr()
-    assert cli.main(["doctor", "--shards", str(tmp_path / "shards")]) == 0
-    assert "8 samples read, 0 damaged" in capsys.readouterr().out
-    tar = next((tmp_path / "shards").glob("*.tar"))
+def flip_a_bit(shards: Path, key: str, part: str) -> None:
+    """Damage a part of a sample in the only tar of a folder."""
+    (tar,) = shards.glob("*.tar")
+    with tarfile.open(tar) as archive:
+        (member,) = [member for member in archive if member.name.startswith(key) and member.name.endswith(part)]
     data = bytearray(tar.read_bytes())
-    data[len(data) // 3], data[-len(data) // 3] = data[len(data) // 3] ^ 1, data[-len(data) // 3] ^ 1
+    data[member.offset_data + member.size // 2] ^= 1
     tar.write_bytes(data)
-    assert cli.main(["doctor", "--json", "--shards", str(tmp_path / "shards")]) == 1
+
+
+def test_doctor_reads_shards_through(tmp_path, capsys):
+    """Red if damage goes unseen in any sample, part or folder, or samples of one key in two folders count as one."""
+    small = ["--seconds", "0.5", "0.6", "--width", "32", "--height", "32", "--workers", "1", "--classes", "flash", "slide"]
+    assert cli.main(["render", str(tmp_path / "videos"), "--clips-per-class", "2", *small]) == 0
+    folders = [tmp_path / "first", tmp_path / "second"]
+    prepare = ["--short-side", "16", "--min-seconds", "0.1", "--workers", "1"]
+    assert cli.main(["prepare", str(tmp_path / "videos"), str(folders[0]), *prepare]) == 0
+    shutil.copytree(*folders)
+    examine = ["doctor", "--shards", *map(str, folders)]
+    capsys.readouterr()
+    assert cli.main(examine) == 0
+    assert "8 samples read, 0 damaged" in capsys.readouterr().out
+    sound, picture, both = ShardSet.open(folders[0]).keys[1:]
+    flip_a_bit(folders[0], sound, "flac")
+    flip_a_bit(folders[1], picture, "avi")
+    for folder in folders:
+        flip_a_bit(folder, both, "flac")
+    assert cli.main(examine) == 1
+    shown = capsys.readouterr().out
+    assert "8 samples read, 4 damaged" in shown and shown.count("CRC") == 4
+    assert cli.main([*examine, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["samples"] == 8 and 1 <= len(found["damaged"]) <= 2
-    assert all(tar.name in reason for reasons in found["damaged"].values() for reason in reasons)
+    first, second = folders
+    assert found["samples"] == 8
+    assert list(found["damaged"]) == [f"{first}/{sound}", f"{first}/{both}", f"{second}/{picture}", f"{second}/{both}"]
+    assert all("CRC" in reason for reasons in found["damaged"].values() for reason in reasons)
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # Read by everyone, so they may not lean on their neighbours: the contract between data and model.
 LEAVES = ("xkd_fast.errors", "xkd_fast.files", "xkd_fast.yaml_text", "xkd_fast.model.options", "xkd_fast.data.views")
 
-# Objects and models run wherever torch runs.
+# Objectives and models run wherever torch runs.
 TORCH_ALONE = ("xkd_fast.objective", "xkd_fast.model", "xkd_fast.reference", "xkd_fast.weights", "xkd_kernels")
 BLOCKED = ("pydantic", "yaml", "nvidia.dali", "deepspeed", "sklearn", "av", "rich", "matplotlib")
 
@@ -43,7 +43,7 @@ def sources() -> Iterator[tuple[str, Path]]:
 
 
 def layer(module: str) -> int:
-    """Place of a module in the order; the longest matching name counts. The bare package holds nothing and stands leftmost."""
+    """Place of a module in the order; the longest matching name counts. The bare package (the version) is leftmost."""
     if module == "xkd_fast":
         return 0
     matches = [

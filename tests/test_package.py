@@ -14,6 +14,7 @@ import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
+import xkd_fast
 import xkd_kernels
 
 if sys.version_info >= (3, 11):
@@ -84,7 +85,7 @@ def test_names_that_are_not_the_real_thing_are_never_required():
 def test_kernels_import_under_their_own_name_and_version():
     """Catches a package_dir that maps xkd_kernels elsewhere, and versions that drift apart."""
     assert Path(xkd_kernels.__file__).parent.name == "xkd_kernels"
-    assert xkd_kernels.__version__ == PROJECT["version"]
+    assert xkd_kernels.__version__ == xkd_fast.__version__
 
 
 def test_make_refuses_a_path_with_spaces(tmp_path):
@@ -97,6 +98,19 @@ def test_make_refuses_a_path_with_spaces(tmp_path):
     assert "holds spaces" in made.stderr and not (folder / ".venv").exists()
 
 
+def test_make_clean_removes_environments_alone(tmp_path):
+    """Catches `make clean VENV=DIR` that deletes a folder of something else, or leaves an environment that was half made."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name, file in (("thesis", "chapter1"), ("env", "pyvenv.cfg"), (".venv", "half")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+    codes = {}
+    for name in ("thesis", "env", ".venv"):
+        codes[name] = subprocess.run(["make", "clean", f"VENV={name}"], cwd=tmp_path, capture_output=True).returncode
+    assert codes == {"thesis": 2, "env": 0, ".venv": 0}
+    assert (tmp_path / "thesis" / "chapter1").exists() and not (tmp_path / "env").exists() and not (tmp_path / ".venv").exists()
+
+
 def test_a_wheel_carries_packages_and_configurations(tmp_path):
     """Catches an installed `xkd-fast train` that finds no demo.yaml, and packages missing from the wheel."""
     source = tmp_path / "source"
@@ -106,6 +120,7 @@ def test_a_wheel_carries_packages_and_configurations(tmp_path):
     build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=120)
     (wheel,) = source.glob("*.whl")
+    assert wheel.name.startswith(f"xkd_fast-{xkd_fast.__version__}-")
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "xkd_fast").rglob("*.py")}
     expected |= {f"xkd_fast/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}

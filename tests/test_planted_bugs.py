@@ -1,6 +1,13 @@
-"""Bugs planted one at a time, as they would be typed: each must turn the golden replay red, far above its tolerance."""
+"""Bugs planted one at a time, as they would be typed: each must turn a check red.
 
+Those of the method turn the golden replay red, far above its tolerance; those around it a test of their module.
+"""
+
+import importlib
+import inspect
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -9,6 +16,7 @@ import pytest
 
 import tests.replay_golden
 import xkd_fast.reference
+from tests.engine.test_launch import single_rank  # noqa: F401 (a fixture that its tests ask for)
 
 REFERENCE, REPLAY = Path(xkd_fast.reference.__file__), Path(tests.replay_golden.__file__)
 
@@ -114,3 +122,113 @@ def test_planted_bug_turns_the_replay_red(name, monkeypatch):
 def test_replay_without_a_bug_stays_green(monkeypatch):
     """An editing that is itself a bug, so that everything above is red for no reason."""
     assert max(error for error, _ in replay_with(Bug("nothing", {}), monkeypatch).values()) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------- around the method
+
+
+class Slip(NamedTuple):
+    """What is typed instead of what in which module, and the test that must see it."""
+
+    module: str
+    edits: dict[str, str]  # of the module; each key stands there once
+    test: str  # MODULE:FUNCTION
+
+
+THREADS = "tests.engine.test_launch:test_processes_share_the_cores"
+PROCESSES = "tests.engine.test_launch:test_local_world_size_of_each_launcher"
+SIGTERM = "tests.engine.test_launch:test_sigterm_is_agreed_on_not_acted_on"
+FIRST_RANK = "tests.engine.test_launch:test_error_of_the_first_rank_reaches_all"
+TOOLS = "tests.engine.test_launch:test_missing_build_tools_are_named"
+LAUNCHERS = '("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")'
+
+SHARDS = "tests.test_cli:test_doctor_reads_shards_through"
+DAMAGED = '            damaged[f"{folder}/{sets[folder].keys[index]}"] = found\n'
+
+DIRTY = "tests.analysis.test_provenance:test_only_changed_code_makes_a_figure_dirty"
+NO_GIT = "tests.analysis.test_provenance:test_without_git_there_is_no_commit"
+MACHINE = "tests.analysis.test_provenance:test_device_and_versions_are_those_of_this_machine"
+
+SLIPS = {
+    # starting and stopping a run
+    "every rank takes all cores": Slip("xkd_fast.engine.launch", {" // local_world_size())": ")"}, THREADS),
+    "asked threads ignored": Slip("xkd_fast.engine.launch", {"threads or max(1,": "max(1,"}, THREADS),
+    "processes of deepspeed not known": Slip(
+        "xkd_fast.engine.launch", {LAUNCHERS: '("LOCAL_WORLD_SIZE", "WORLD_SIZE")'}, PROCESSES
+    ),
+    "processes of all machines": Slip(
+        "xkd_fast.engine.launch", {LAUNCHERS: '("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")'}, PROCESSES
+    ),
+    "SIGTERM forgotten": Slip("xkd_fast.engine.launch", {"self._received = True": "pass"}, SIGTERM),
+    "SIGTERM acted on in mid-step": Slip(
+        "xkd_fast.engine.launch", {"self._received = True": "self._received = self.agreed = True"}, SIGTERM
+    ),
+    "first rank's error swallowed": Slip(
+        "xkd_fast.engine.launch", {"        raise failure[0]\n": "        return\n"}, FIRST_RANK
+    ),
+    "no look for a compiler": Slip("xkd_fast.engine.launch", {"(shutil.which(compiler),": "(True,"}, TOOLS),
+    "ninja beside this Python not found": Slip(
+        "xkd_fast.engine.launch", {"str(Path(sys.executable).parent)": "str(Path(sys.executable))"}, TOOLS
+    ),
+    # doctor --shards
+    "damage is no failure": Slip("xkd_fast.cli", {"return 1 if damaged else 0": "return 0"}, SHARDS),
+    "stops at the first damaged sample": Slip("xkd_fast.cli", {DAMAGED: f"{DAMAGED}            break\n"}, SHARDS),
+    "first folder alone": Slip("xkd_fast.cli", {"for folder in folders}": "for folder in folders[:1]}"}, SHARDS),
+    "samples of one key count as one": Slip(
+        "xkd_fast.cli", {'f"{folder}/{sets[folder].keys[index]}"': "sets[folder].keys[index]"}, SHARDS
+    ),
+    "first part of a sample alone": Slip(
+        "xkd_fast.cli", {"in sets[folder].damage(index)]": "in sets[folder].damage(index) if 'audio' in str(error)]"}, SHARDS
+    ),
+    # what a figure says of itself
+    "never dirty": Slip("xkd_fast.analysis.provenance", {'"dirty": bool(': '"dirty": False and bool('}, DIRTY),
+    "the README decides": Slip("xkd_fast.analysis.provenance", {', ":(top,exclude)README.md"': ""}, DIRTY),
+    "results decide": Slip("xkd_fast.analysis.provenance", {'":(top,exclude)benchmarks/results", ': ""}, DIRTY),
+    "untracked files decide": Slip("xkd_fast.analysis.provenance", {'"--untracked-files=no", ': ""}, DIRTY),
+    "commit of the folder one stands in": Slip(
+        "xkd_fast.analysis.provenance", {"cwd=Path(__file__).parent": "cwd=Path.cwd()"}, DIRTY
+    ),
+    "an empty commit": Slip("xkd_fast.analysis.provenance", {' or None,\n        "dirty"': ',\n        "dirty"'}, NO_GIT),
+    "device not asked": Slip("xkd_fast.analysis.provenance", {"if torch.cuda.is_available():": "if False:"}, MACHINE),
+    "threads left out": Slip(
+        "xkd_fast.analysis.provenance", {"strip()}, {torch.get_num_threads()} threads": "strip()}"}, MACHINE
+    ),
+}
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Puts the handlers of signals back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run_test(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test MODULE:FUNCTION, with its module read anew, so that it imports what stands in ``sys.modules`` now."""
+    module, _, function = name.partition(":")
+    path = importlib.import_module(module).__file__
+    assert path is not None
+    test = getattr(edited(Path(path), {}, f"{module}_anew", monkeypatch), function)
+    test(**{fixture: request.getfixturevalue(fixture) for fixture in inspect.signature(test).parameters})
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize("name", SLIPS)
+def test_planted_slip_turns_its_test_red(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test too blind to see the slip."""
+    slip = SLIPS[name]
+    package, _, leaf = slip.module.rpartition(".")
+    path = importlib.import_module(slip.module).__file__
+    assert path is not None
+    monkeypatch.setattr(sys.modules[package], leaf, edited(Path(path), slip.edits, slip.module, monkeypatch))
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        run_test(slip.test, request, monkeypatch)
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize("name", sorted({slip.test for slip in SLIPS.values()}))
+def test_a_test_without_a_slip_stays_green(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A way of running tests that is itself a fault, so that everything above is red for no reason."""
+    run_test(name, request, monkeypatch)

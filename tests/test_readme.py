@@ -15,6 +15,16 @@ def test_results_are_generated_from_the_committed_json() -> None:
     assert re.search(r"\| both \| \d", text)
 
 
+def test_environment_variables_are_explained() -> None:
+    """Red if a test is skipped, or a benchmark runs otherwise, for a variable that no text names."""
+    root = readme.README.parent
+    files = [path for folder in ("xkd_fast", "tests", "benchmarks") for path in (root / folder).rglob("*.py")]
+    read = {name for path in files for name in re.findall(r"environ\W+(?:get\W+)?(XKD_\w+)", path.read_text(encoding="utf-8"))}
+    assert read >= {"XKD_TEST_MEDIA"}
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert {name for name in read if f"`{name}=" not in text} == set()
+
+
 def test_files_that_the_readme_names_exist() -> None:
     """Red if a link or a named file has gone."""
     text = readme.README.read_text()

@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
 
 from tests.distributed import REPOSITORY
 from xkd_fast.engine.launch import free_port
+from xkd_fast.weights import read_safetensors
 
 STEPS = 18
 SMALL = [
@@ -74,12 +76,22 @@ def rows(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
+def start(arguments: list[str], log: IO[str]) -> subprocess.Popen[bytes]:
+    """Run in the background, heeding the signals that this process may ignore, as under ``nohup``."""
+
+    def heed() -> None:
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    return subprocess.Popen(arguments, cwd=REPOSITORY, env=environment(), stdout=log, stderr=log, preexec_fn=heed)
+
+
 @contextmanager
 def training(arguments: list[str], output: Path, steps: int) -> Iterator[subprocess.Popen[bytes]]:
     """A run in the background that has logged ``steps``; what it prints is in ``OUTPUT.log``."""
     path = output.with_suffix(".log")
     with open(path, "w") as log:
-        process = subprocess.Popen(arguments, cwd=REPOSITORY, env=environment(), stdout=log, stderr=log)
+        process = start(arguments, log)
         deadline = time.monotonic() + 600
         while len(rows(output)) < steps:
             assert process.poll() is None and time.monotonic() < deadline, path.read_text()[-4000:]
@@ -206,6 +218,79 @@ def test_plain_python_trains_in_bfloat16(uninterrupted: tuple[Path, Path, str]) 
     assert rows(output)[-1]["total"] == pytest.approx(rows(whole)[2]["total"], rel=0.05)
 
 
+def test_torchrun_takes_the_same_steps(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if ranks are only found under DeepSpeed's launcher, or the steps depend on which one it is."""
+    whole, data, _ = uninterrupted
+    output = whole.parent / "torchrun"
+    launcher = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2", "--master_port", str(free_port())]
+    run([*launcher, *command(output, data, "train.stop_after_steps=3")[5:]])
+    expected, actual = rows(whole)[:3], rows(output)
+    assert [row["total"] for row in actual] == pytest.approx([row["total"] for row in expected], rel=1e-6)
+    assert len(list((output / "checkpoints").glob("step-*"))) == 1
+
+
+def test_the_console_command_trains(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if ``xkd-fast train`` reads its arguments otherwise than ``train.py``, or needs a launcher."""
+    whole, data, _ = uninterrupted
+    output = whole.parent / "console"
+    program = str(Path(sys.executable).with_name("xkd-fast"))
+    printed = run([program, "train", *command(output, data, "train.stop_after_steps=2", "train.micro_batch=null")[6:]])
+    assert "8 clips per step = 1 ranks × 8 × 1 accumulated" in printed
+    assert [row["step"] for row in rows(output)] == [1, 2]
+    for actual, expected in zip(rows(output), rows(whole)[:2], strict=True):  # the MMD alone compares a micro-batch's rows
+        for name in ("reconstruction", "distillation"):
+            assert actual[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("cadence", ("log.every_steps=1", "checkpoint.every_steps=1"))
+def test_a_run_that_diverges_stops_and_saves_nothing_spoiled(uninterrupted: tuple[Path, Path, str], cadence: str) -> None:
+    """Red if training goes on with NaN, if a checkpoint of such weights is written, or nobody is told what became NaN."""
+    whole, data, _ = uninterrupted
+    output = whole.parent / f"diverged-{cadence.partition('.')[0]}"
+    rarely = ["log.every_steps=1000", "checkpoint.every_steps=1000"]
+    more = ["optimizer.lr=1e30", *(option for option in rarely if option.split("=")[0] != cadence.split("=")[0]), cadence]
+    printed = run(command(output, data, *more), code=2)
+    (error,) = (line for line in printed.splitlines() if line.startswith("error:"))
+    assert "became NaN or infinite at step" in error and "lower optimizer.lr" in error and "Traceback" not in printed
+    saved = sorted((output / "checkpoints").glob("step-*"))
+    for checkpoint in saved:
+        tensors = read_safetensors(checkpoint / "model.safetensors").values()
+        assert all(tensor.isfinite().all() for tensor in tensors)
+    if cadence.startswith("checkpoint"):
+        assert f"{saved[-1]} is of a step before" in error
+    else:
+        assert "no checkpoint was written before" in error and not saved
+
+
+def test_a_rank_that_cannot_write_is_told_of_once(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if the other ranks wait for ever, or tell of a lost connection in place of the reason."""
+    whole, data, _ = uninterrupted
+    output = whole.parent / "full-rank"
+    size = (whole / "checkpoints" / "step-00000018" / "model.safetensors").stat().st_size // 1024 - 8
+    largest = max(path.stat().st_size for path in (whole / "checkpoints" / "step-00000018").glob("zero_*")) // 1024
+    assert largest < size  # so that the first rank alone, which writes the model, comes to the limit
+    limited = " ".join(shlex.quote(argument) for argument in command(output, data))
+    printed = run(["bash", "-c", f"ulimit -f {size}; exec {limited}"], code=2)
+    (error,) = (line for line in printed.splitlines() if line.startswith("error:"))
+    assert "step-00000004 cannot be written" in error and "no checkpoint was written before" in error
+    assert "onnection" not in error and "Traceback" not in printed and not list((output / "checkpoints").iterdir())
+
+
+def test_resuming_with_other_data_is_refused(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if a run goes on with as many clips of another data set, or is bound to the place of its own."""
+    whole, data, _ = uninterrupted
+    output = whole.parent / "moved"
+    shutil.copytree(whole, output)
+    other = whole.parent / "other"
+    prepare = [sys.executable, "-m", "xkd_fast.cli", "prepare", f"{data}/videos/train", str(other)]
+    run([*prepare, "--short-side", "32", "--seed", "1"])
+    shutil.copytree(data / "shards" / "train", whole.parent / "same")
+    more = ["--resume", "auto", f"data.train=[{whole.parent}/same]"]
+    run(command(output, data, *more))
+    printed = run(command(output, data, *more[:2], f"data.train=[{other}]"), code=2)
+    assert "data.train (the checksum of the samples, in their order)" in printed and "Traceback" not in printed
+
+
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
 def test_a_request_to_stop_leaves_a_checkpoint(uninterrupted: tuple[Path, Path, str], number: signal.Signals) -> None:
     """Red if a scheduler's warning or Ctrl-C costs the work since the last checkpoint."""
@@ -247,9 +332,7 @@ def test_ending_the_demo_before_a_rank_runs_ends_the_launcher(
     output = whole.parent / f"early-{number.name}"
     more = command(output, data, "train.epochs=5000")[6:]
     with open(whole.parent / "early.log", "w+") as log:
-        demo = subprocess.Popen(
-            [sys.executable, "-m", "xkd_fast.cli", "demo", *more], cwd=REPOSITORY, env=environment(), stdout=log, stderr=log
-        )
+        demo = start([sys.executable, "-m", "xkd_fast.cli", "demo", *more], log)
         family: list[psutil.Process] = []
         while not any("deepspeed" in " ".join(process.cmdline()) for process in family):
             assert demo.poll() is None

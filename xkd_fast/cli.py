@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from xkd_fast import __version__
 from xkd_fast.errors import UserError
 
 EXAMPLES = """\
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"xkd-fast {__version__}", help="show the version and exit")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     return parser
 
@@ -277,7 +279,7 @@ def profile(arguments: list[str]) -> int:
 
     config = load_config(given.config, given.overrides)
     console = Console()
-    clips = config.train.micro_batch if given.clips is None else given.clips
+    clips = config.train.clips_per_pass(1) if given.clips is None else given.clips
     result = profile_step(config, clips=clips, steps=given.steps, trace=given.trace, nvtx=given.nvtx, say=console.log)
     console.print(profile_table(result))
     if given.json is not None:
@@ -322,26 +324,27 @@ def doctor(arguments: list[str]) -> int:
 
 
 def _check_shards(folders: list[str], *, as_json: bool) -> int:
+    """Read every sample of these folders and tell which are damaged, each as FOLDER/KEY: keys are a folder's own."""
     from rich.console import Console
     from rich.progress import track
 
     from xkd_fast.data.shards import ShardSet
 
-    shards = ShardSet.open(folders)
+    sets = {folder: ShardSet.open(folder) for folder in folders}
+    samples = [(folder, index) for folder, shards in sets.items() for index in range(len(shards))]
     damaged: dict[str, list[str]] = {}
-    samples = track(range(len(shards)), "reading samples", console=Console(stderr=True))
-    for index in samples:
-        found = [str(error) for error in shards.damage(index)]
+    for folder, index in track(samples, "reading samples", console=Console(stderr=True)):
+        found = [str(error) for error in sets[folder].damage(index)]
         if found:
-            damaged[shards.keys[index]] = found
+            damaged[f"{folder}/{sets[folder].keys[index]}"] = found
     if as_json:
         import json
 
-        print(json.dumps({"samples": len(shards), "damaged": damaged}, indent=2))
+        print(json.dumps({"samples": len(samples), "damaged": damaged}, indent=2))
     else:
         for reason in (reason for reasons in damaged.values() for reason in reasons):
             print(reason)
-        print(f"{len(shards)} samples read, {len(damaged)} damaged")
+        print(f"{len(samples)} samples read, {len(damaged)} damaged")
     return 1 if damaged else 0
 
 

@@ -23,8 +23,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from xkd_fast.data.log_mel import MelOptions
-from xkd_fast.data.pipeline import DataOptions as ClipOptions
-from xkd_fast.data.pipeline import check_against_model
+from xkd_fast.data.pipeline import ClipOptions, check_against_model
 from xkd_fast.data.synthetic import SyntheticOptions
 from xkd_fast.data.views import AugmentOptions
 from xkd_fast.errors import UserError
@@ -95,7 +94,11 @@ class TrainOptions:
 
     epochs: int = option(800, "passes over the training clips")
     global_batch: int = option(256, "clips per optimiser step, over all ranks and accumulated micro-batches")
-    micro_batch: int = option(32, "clips per rank and forward pass; global_batch / (micro_batch × ranks) are accumulated")
+    micro_batch: int | None = option(
+        32,
+        "clips per rank and forward pass; global_batch / (micro_batch × ranks) are accumulated; null = each rank takes its "
+        "share in one pass",
+    )
     precision: Literal["float32", "bfloat16"] = option(
         "bfloat16", "precision of matrix products; bfloat16 = autocast, with float32 parameters, losses and optimiser"
     )
@@ -111,9 +114,9 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name in ("epochs", "global_batch", "micro_batch"):
             value = getattr(self, name)
-            require(value >= 1, f"train.{name} = {value} must be 1 or more")
+            require(value is None or value >= 1, f"train.{name} = {value} must be 1 or more")
         require(
-            self.global_batch % self.micro_batch == 0,
+            self.micro_batch is None or self.global_batch % self.micro_batch == 0,
             f"train.global_batch = {self.global_batch} must be a multiple of train.micro_batch = {self.micro_batch}",
         )
         require(0 <= self.threads <= MAX_THREADS, f"train.threads = {self.threads} must lie in 0-{MAX_THREADS}")
@@ -122,17 +125,28 @@ class TrainOptions:
             f"train.stop_after_steps = {self.stop_after_steps} must be 1 or more, or null",
         )
 
+    def clips_per_pass(self, world_size: int) -> int:
+        """Clips per rank and forward pass on this many ranks; raises as :meth:`accumulation` does."""
+        return self.global_batch // (world_size * self.accumulation(world_size))
+
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank and optimiser step.
 
         Raises:
             UserError: the global batch is no whole number of micro-batches on this many ranks.
         """
+        if self.micro_batch is None:
+            if self.global_batch % world_size:
+                raise UserError(
+                    f"train.global_batch = {self.global_batch} must be a multiple of the number of ranks, {world_size}; "
+                    f"set it to {max(1, round(self.global_batch / world_size)) * world_size}, or start another number of ranks"
+                )
+            return 1
         per_pass = self.micro_batch * world_size
         if self.global_batch % per_pass:
             fitting = [size for size in range(1, self.global_batch + 1) if self.global_batch % (size * world_size) == 0]
             advice = (
-                f"set train.micro_batch to {min(fitting, key=lambda size: abs(size - self.micro_batch))}"
+                f"set train.micro_batch to {min(fitting, key=lambda size: abs(size * world_size - per_pass))}"
                 if fitting
                 else f"set train.global_batch to {max(1, round(self.global_batch / per_pass)) * per_pass}"
             )
@@ -199,7 +213,6 @@ class CheckpointOptions:
     __pydantic_config__ = FORBID_EXTRA
 
     every_steps: int = option(1000, "optimiser steps between checkpoints; 0 = only at the end")
-
     keep: int = option(3, "newest checkpoints kept; 0 = all")
     resume: str = option("none", "none = start afresh; auto = go on from the newest checkpoint, if any; or the path of one")
 
@@ -306,24 +319,50 @@ def _adapter() -> TypeAdapter[Config]:
     return TypeAdapter(Config)
 
 
-def _nearest(key: str) -> str:
-    """The option that ``key`` was most probably meant to be."""
-    name = key.rpartition(".")[2]
+LEAST_LIKENESS = 0.6  # of two names, 0-1: below it one is no slip of the other
 
-    def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        last = candidate.rpartition(".")[2]
-        part = difflib.SequenceMatcher(None, name, last).ratio()
-        return max(whole, 0.95 if name == last else 0.85 * part)
 
-    return max(_all_fields(), key=likeness)
+def _likeness(first: str, second: str) -> float:
+    return difflib.SequenceMatcher(None, first, second).ratio()
+
+
+def _nearest(key: str) -> str | None:
+    """The option that ``key`` was most probably meant to be: of the same name in any section, of a like one in a like section.
+
+    None where there is none.
+    """
+    section_name, _, name = key.rpartition(".")
+
+    def is_alike(candidate: str) -> bool:
+        place, _, last = candidate.rpartition(".")
+        near = not section_name or _likeness(section_name, place) >= LEAST_LIKENESS
+        return name == last or (near and _likeness(name, last) >= LEAST_LIKENESS)
+
+    def rank(candidate: str) -> tuple[float, float]:
+        whole, last = _likeness(key, candidate), candidate.rpartition(".")[2]
+        return max(whole, 0.95 if name == last else 0.85 * _likeness(name, last)), whole  # of equal names the nearest section
+
+    return max(filter(is_alike, _all_fields()), key=rank, default=None)
+
+
+def _choices(key: str) -> str:
+    """What stands in the innermost section on the way to ``key``, in words."""
+    owner: type = Config
+    place = ""
+    for name in key.split(".")[:-1]:
+        member = _all_fields().get(f"{place}{name}")
+        if member is None or member.inner is None:
+            break
+        owner, place = member.inner, f"{member.key}."
+    return f"{place[:-1] or 'a configuration'} holds {', '.join(field.name for field in dataclasses.fields(owner))}"
 
 
 def _unknown(key: str) -> str:
     if key in _all_fields():
         section_name, _, name = key.rpartition(".")
         return f"{key} is written with dots, which only overrides are; in a file, write {name} inside {section_name}"
-    return f"{key} is not an option; the nearest one is {_nearest(key)}"
+    nearest = _nearest(key)
+    return f"{key} is not an option; " + (f"the nearest one is {nearest}" if nearest else _choices(key))
 
 
 def _expected(kind: Any) -> str:

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     require_dali()
     console, start, origin = Console(), time.perf_counter(), provenance()
+    is_continued = Path(config.output).exists()
     begun: dict[str, float] = {}
 
     def stage(title: str) -> None:
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         **origin,
         "processes": args.processes,
         "threads_per_process": config.train.threads or max(1, (os.cpu_count() or 1) // args.processes),
+        "is_continued": is_continued,  # then the seconds are those of the last call alone
         "began_at_seconds": begun,
         "seconds": time.perf_counter() - start,
         "evaluation": {"network": NETWORK, "train_clips": TRAIN_CLIPS, "svm_c": SVM_C},

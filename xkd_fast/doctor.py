@@ -113,7 +113,7 @@ CHECKS = (
     Check(
         "Triton",
         "import triton; return triton.__version__",
-        "no Triton kernels: PyTorch's own operators compute the model",
+        "optional: model.compile must stay false on a GPU; it comes with PyTorch built for CUDA",
     ),
     Check(
         "xformers",

@@ -18,7 +18,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from xkd_fast.config import Config, load_config, render_config
@@ -26,6 +26,8 @@ from xkd_fast.errors import UserError
 from xkd_fast.files import write_aside
 
 if TYPE_CHECKING:
+    import psutil
+
     from xkd_fast.data.pipeline import ViewPipeline
     from xkd_fast.data.views import MaskNoise, Views
     from xkd_fast.engine.engine import Engine
@@ -96,19 +98,20 @@ def train(config: Config) -> None:
     import torch.distributed as dist
 
     from xkd_fast.data.decode import require_dali
-    from xkd_fast.engine.launch import run_folder, set_threads, start_deepspeed
+    from xkd_fast.engine.launch import launchers_above, run_folder, set_threads, start_deepspeed
 
+    launchers = launchers_above()
     require_dali()
     deepspeed = start_deepspeed(config.train.device)
     set_threads(config.train.threads)
     try:
         with run_folder(Path(config.output)):
-            run(config, deepspeed)
+            run(config, deepspeed, launchers)
     finally:
         dist.destroy_process_group()
 
 
-def run(config: Config, deepspeed: Any) -> None:
+def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> None:
     """One run inside a process group: data, model, loop."""
     import torch.distributed as dist
 
@@ -132,11 +135,11 @@ def run(config: Config, deepspeed: Any) -> None:
     config.train.accumulation(world_size)  # refuses a batch that does not divide, before hours go into rendering
     first_rank_first(lambda: make_ready(config))
 
-    stop = StopSignal()
+    stop = StopSignal(launchers)
     pipeline = ViewPipeline.from_config(config, ShardSet.open(training_shards(config)), dist.get_rank(), world_size)
     schedule = Schedule(config, pipeline.sampler.steps_per_epoch)
     engine = Engine(build_model(config.model, seed=config.seed), config, deepspeed)
-    state = TrainState.start(config, samples=len(pipeline.shards), world_size=world_size)
+    state = TrainState.start(config, pipeline.shards, world_size=world_size)
     if path is not None:
         state = checkpoints.load(engine, path, state, config)
     first_rank_first(lambda: write_aside(Path(config.output) / "config.yaml", render_config(config).encode()))
@@ -203,13 +206,14 @@ def describe(
 ) -> str:
     """What is about to happen, in a few lines."""
     train, model = config.train, config.model
+    clips, accumulation = train.clips_per_pass(world_size), train.accumulation(world_size)
     attention = getattr(engine.module, "attention", None)
     choices = [f"attention: {attention.name}, {attention.reason}"] if attention else []
     machine = f"{world_size} × {engine.device.type}, {train.precision}, ZeRO {train.zero_stage}"
     lines = [
         f"{model.variant} ({model.implementation}) on {machine}",
-        f"{len(pipeline.shards)} clips; {train.global_batch} per step = {world_size} ranks × {train.micro_batch} "
-        f"× {train.accumulation(world_size)} accumulated; {train.epochs} epochs × {schedule.steps_per_epoch} steps",
+        f"{len(pipeline.shards)} clips, {train.epochs} epochs × {schedule.steps_per_epoch} steps",
+        f"{train.global_batch} clips per step = {world_size} ranks × {clips} × {accumulation} accumulated",
         *choices,
         f"peak learning rate {schedule.base_learning_rate:.3g}; run folder {config.output}",
     ]

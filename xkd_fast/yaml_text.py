@@ -93,6 +93,7 @@ def _text(text: str, line: int) -> str:
 
 
 def shorten(text: str) -> str:
+    """Text of at most 60 characters, for a message: a longer one is cut between two words and ends in "…"."""
     return textwrap.shorten(text, 60, placeholder=" …") if len(text) > 60 else text
 
 

@@ -27,7 +27,7 @@ from xkd_fast.data.augment import ViewMaker
 from xkd_fast.data.convert import encode_flac, encode_video
 from xkd_fast.data.decode import ClipDecoder, DecodeRequest
 from xkd_fast.data.log_mel import LogMel, MelOptions
-from xkd_fast.data.pipeline import DataOptions, ViewPipeline, check_against_model, clips, view_shape
+from xkd_fast.data.pipeline import ClipOptions, ViewPipeline, check_against_model, clips, view_shape
 from xkd_fast.data.sampler import clip_draw, epoch_permutation, evaluation_starts, mask_noise, replacement
 from xkd_fast.data.shards import FORMAT, MANIFEST, NewSample, ShardSet, ShardWriter
 from xkd_fast.data.views import AudioViewOptions, AugmentOptions, ClipShape, MaskNoise, VideoViewOptions, Views
@@ -43,7 +43,7 @@ MODEL = ModelOptions(
     audio=AudioOptions(mel_bins=16, frames=64, local_views=1, local_frames=16, mask_ratio=0.5),
 )
 MEL = MelOptions(hop=250)
-DATA = DataOptions(fps=FPS, sample_rate=RATE, clip_seconds=1.0, local_audio_seconds=0.25, threads=2)
+DATA = ClipOptions(fps=FPS, sample_rate=RATE, clip_seconds=1.0, local_audio_seconds=0.25, threads=2)
 STILL = VideoViewOptions((1.0, 1.0), (1.0, 1.0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 QUIET = AudioViewOptions(0.0, (1.0, 1.0), (1.0, 1.0))
 PLAIN = AugmentOptions(True, STILL, STILL, QUIET, QUIET)
@@ -572,4 +572,4 @@ def test_bad_data_options_name_the_key(field: str, value: float) -> None:
 
 def test_the_released_sizes_fit() -> None:
     # a rule that refuses the recipe itself: 448 and 112 frames of 64 000 and 16 000 samples at hop 143
-    check_against_model(DataOptions(), MelOptions(), ModelOptions())
+    check_against_model(ClipOptions(), MelOptions(), ModelOptions())

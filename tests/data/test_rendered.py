@@ -38,6 +38,20 @@ def test_videos_of_an_earlier_configuration_are_replaced(tmp_path: Path) -> None
     assert render(1) == second
 
 
+def test_shards_of_a_demo_serve_a_user_too(tmp_path: Path) -> None:
+    """Would catch ``xkd-fast prepare`` refusing a demo's shards as if they were of other videos, though they are the same."""
+    demo = DemoData(
+        videos=str(tmp_path / "videos"), shards=str(tmp_path / "shards"), render=SMALL, test_clips_per_class=1, short_side=16
+    )
+    config, console = Config(data=DataOptions(demo=demo)), Console(quiet=True)
+    ensure_rendered(config, console, workers=1)
+    options = PrepareOptions(fps=config.data.fps, short_side=16, sample_rate=config.data.sample_rate, workers=1)
+    source, destination = tmp_path / "videos" / "train", tmp_path / "shards" / "train"
+    assert prepare(source, destination, options, console=console).converted_now == 0
+    with pytest.raises(UserError, match="seed = 0, this call asks for 1"):
+        prepare(source, destination, replace(options, seed=1), console=console)
+
+
 def test_shards_that_a_user_prepared_are_never_replaced(tmp_path: Path) -> None:
     """Would catch a demo that is pointed at someone's own data set, and deletes it."""
     render_dataset(tmp_path / "own", SMALL)

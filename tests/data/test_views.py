@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import permutations
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from xkd_fast.data.sampler import clip_draw
 from xkd_fast.data.views import (
+    DRAWS_PER_VIEW,
     AudioViewOptions,
     AugmentOptions,
     ClipDraw,
@@ -24,7 +25,9 @@ from xkd_fast.data.views import (
     VideoViewOptions,
     Views,
     ViewShape,
+    draw_audio_view,
     draw_crop,
+    draw_video_view,
     integer_below,
     last_start,
     plain_draw,
@@ -218,6 +221,20 @@ def test_off_values() -> None:
     for heard in (draw.audio_global, *draw.audio_locals):
         assert (heard.volume, heard.crop) == (1.0, None)
     assert (plain.start_sample, plain.audio_global) == (draw.start_sample, draw.audio_global)
+
+
+def test_a_view_takes_no_more_numbers_than_are_set_aside_for_it() -> None:
+    """Red if a new choice runs out of numbers, or the comment on ``DRAWS_PER_VIEW`` counts wrongly."""
+
+    def taken(view: Callable[[Iterator[float]], object]) -> int:
+        numbers = iter([0.5] * 1000)
+        view(numbers)
+        return 1000 - len(list(numbers))
+
+    never_fits = VideoViewOptions(crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0), blur=1.0)
+    cropped = AudioViewOptions(crop_canvas=(1.0, 1.5))
+    assert taken(lambda numbers: draw_video_view(numbers, never_fits, 100, 300, 32, 8)) == 40 + 12 <= DRAWS_PER_VIEW
+    assert taken(lambda numbers: draw_audio_view(numbers, cropped, 80, 112, 64000, 16000, 100)) == 6 <= DRAWS_PER_VIEW
 
 
 def test_views_do_not_move_each_other() -> None:

@@ -29,6 +29,7 @@ CELLS = {
     "zero1_accumulated": ("xkd", "float32", 1, 2),
     "zero2_accumulated": ("mats", "float32", 2, 2),
     "zero1_mas": ("mas", "float32", 1, 1),
+    "zero0_bfloat16": ("xkd", "bfloat16", 0, 1),
     "zero1_bfloat16": ("xkd", "bfloat16", 1, 1),
 }
 

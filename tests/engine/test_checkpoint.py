@@ -19,7 +19,7 @@ from xkd_fast.engine.launch import free_port
 from xkd_fast.errors import UserError
 from xkd_fast.weights import write_safetensors
 
-STATE = TrainState(step=12, seed=0, samples=100, global_batch=8, world_size=2, zero_stage=1)
+STATE = TrainState(step=12, seed=0, samples=100, data_crc32=9, global_batch=8, world_size=2, zero_stage=1)
 
 
 def make(directory: Path, step: int) -> Path:
@@ -67,7 +67,7 @@ def test_due_follows_the_interval() -> None:
     assert not any(Checkpoints(Path()).due(step) for step in range(1, 10))
 
 
-@pytest.mark.parametrize("name", ["seed", "samples", "global_batch", "world_size", "zero_stage"])
+@pytest.mark.parametrize("name", ["seed", "samples", "data_crc32", "global_batch", "world_size", "zero_stage"])
 def test_resuming_another_run_is_refused(name: str) -> None:
     """Red if a run goes on with another order of clips or other optimiser shards, unnoticed."""
     STATE.check_same(replace(STATE, step=3), Path("x"))

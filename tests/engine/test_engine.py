@@ -12,6 +12,7 @@ from tests.engine.engine_ranks import BATCH, CELLS, CLIP_NORM, STEPS, WEIGHT_DEC
 from tests.tiny import part_of, random_batch
 from xkd_fast import reference
 from xkd_fast.model.build import build_model
+from xkd_fast.model.options import ModelOptions
 from xkd_fast.weights import read_safetensors
 
 WORLD_SIZE = 2
@@ -26,9 +27,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain_training(variant: str, precision: str, accumulation: int) -> dict[str, torch.Tensor]:
-    """The same steps in one process with the reference's own functions; MMD per micro-batch, as on its rank."""
+    """The same steps in one process with the reference's functions; MMD per micro-batch, as on its rank.
+
+    The model is the reference too, but in bfloat16: there the two round in different places, which AdamW blows up.
+    """
     options = cell_options(variant)
-    model = build_model(options, seed=1)
+    model = fresh_reference(options) if precision == "float32" else build_model(options, seed=1)
     optimizer = torch.optim.AdamW(reference.parameter_groups(model, WEIGHT_DECAY), betas=(0.9, 0.95), eps=1e-8)
     parts = WORLD_SIZE * accumulation
     size, totals, norm = BATCH // parts, [], torch.zeros(())
@@ -60,18 +64,26 @@ def plain_training(variant: str, precision: str, accumulation: int) -> dict[str,
     return {**model.state_dict(), "total": torch.tensor(totals), "gradient_norm": norm}
 
 
+def fresh_reference(options: ModelOptions) -> reference.XKD:
+    """The reference with the weights that every rank starts from."""
+    torch.manual_seed(1)
+    return reference.XKD(options)
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_two_ranks_equal_the_reference(name: str, trained: Path) -> None:
     """Red if clipping, decay groups, freezing, EMA, centres, averaging over ranks or accumulation differ from the reference."""
     variant, precision, _, accumulation = CELLS[name]
     expected = plain_training(variant, precision, accumulation)
     actual = read_safetensors(trained / f"{name}.safetensors")
-    start = build_model(cell_options(variant), seed=1).state_dict()
+    start = fresh_reference(cell_options(variant)).state_dict()
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
         change = value - start.get(key, 0)  # how far training moved it: the error must be small beside that
         error = actual[key] - value
         if precision == "float32":
-            assert error.abs().max() <= 2e-3 * change.abs().max() + 2e-7, f"{name} {key}: {error.abs().max():.2e}"
+            bound = 2e-3 * change.norm() + 1e-7 * change.numel() ** 0.5
+            assert error.norm() <= bound, f"{name} {key}: {error.norm():.2e} of {change.norm():.2e}"
+            assert error.abs().max() <= 2e-2 * change.abs().max() + 2e-7, f"{name} {key}: {error.abs().max():.2e}"
         else:  # AdamW blows single roundings of small gradients up to whole steps
             assert error.norm() <= 0.1 * change.norm() + 1e-6, f"{name} {key}: {error.norm():.2e} of {change.norm():.2e}"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +17,7 @@ from xkd_fast.engine.launch import (
     StopSignal,
     first_rank_first,
     free_port,
+    launchers_above,
     local_world_size,
     require_build_tools,
     set_threads,
@@ -34,7 +38,7 @@ def test_sigterm_is_agreed_on_not_acted_on(single_rank: None) -> None:
     """Red if SIGTERM kills a run in mid-step, or is forgotten."""
     previous = signal.getsignal(signal.SIGTERM)
     try:
-        stop = StopSignal()
+        stop = StopSignal(launchers_above())
         stop.agree(torch.device("cpu"))
         assert not stop.agreed
         os.kill(os.getpid(), signal.SIGTERM)
@@ -43,6 +47,23 @@ def test_sigterm_is_agreed_on_not_acted_on(single_rank: None) -> None:
         assert stop.agreed
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def test_the_end_of_a_launcher_is_a_request_to_stop(single_rank: None) -> None:
+    """Red if ranks train on unattended once their launcher is gone, or stop while it runs."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as launcher:
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            stop = StopSignal([psutil.Process(launcher.pid)])
+            stop.agree(torch.device("cpu"))
+            assert not stop.agreed
+            launcher.kill()
+            launcher.wait()
+            stop.agree(torch.device("cpu"))
+            assert stop.agreed
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def test_error_of_the_first_rank_reaches_all(single_rank: None) -> None:

@@ -16,7 +16,7 @@ from xkd_fast.config import load_config
 from xkd_fast.data.pipeline import DamagedSample
 from xkd_fast.engine import metrics
 from xkd_fast.engine.launch import free_port
-from xkd_fast.engine.reporter import Reporter
+from xkd_fast.engine.reporter import NonFiniteLoss, Reporter
 from xkd_fast.engine.schedule import Schedule
 from xkd_fast.reference import XKD
 
@@ -33,18 +33,43 @@ def test_non_finite_loss_is_named_with_its_first_step(single_rank: None) -> None
     """Red if a NaN passes unseen, is blamed on the sum, or on the step where it was noticed."""
     options = tiny_options()
     model = XKD(options)
-    collected = metrics.StepMetrics(SimpleNamespace(module=model))
+    norm = torch.ones(())
+    collected = metrics.StepMetrics(SimpleNamespace(module=model, optimizer=SimpleNamespace(gradient_norm=lambda: norm)))
     for step in (1, 2, 3):
         views, masks = random_batch(options, 2, seed=step, dtype=torch.float32)
         if step == 2:
-            views.audio_global[0, 0, 0, 0] = float("nan")
+            views.audio_global[0, 0, 0, 0] = norm = torch.tensor(float("nan"))
         collected.add(model(views, masks), step)
+        collected.add_gradients(step)
         collected.end_step()
         if step == 1:
-            collected.check_finite()
-    with pytest.raises(metrics.NonFiniteLoss, match=r"audio_reconstruction.* at step 2\b") as error:
-        collected.check_finite()
-    assert "total" not in str(error.value) and "video_reconstruction" not in str(error.value)
+            assert collected.first_non_finite() is None
+    bad = collected.first_non_finite()
+    assert bad is not None
+    names, step = bad
+    assert step == 2 and "audio_reconstruction" in names
+    assert not {"total", "gradient_norm", "video_reconstruction"} & set(names)
+
+
+def test_gradients_that_are_not_finite_stop_training_before_a_checkpoint(single_rank: None, tmp_path: Path) -> None:
+    """Red if weights that a NaN or infinite gradient has spoiled are saved, since the loss they came from was finite."""
+    config = load_config("demo", [f"output={tmp_path}", "log.progress=false", "log.tensorboard=false", "log.every_steps=4"])
+    norms = iter([1.0, float("inf"), 1.0])
+    optimizer = SimpleNamespace(gradient_norm=lambda: torch.tensor(next(norms)))
+    engine = SimpleNamespace(module=XKD(tiny_options()), device=torch.device("cpu"), optimizer=optimizer)
+    schedule = Schedule(config, steps_per_epoch=5)
+    with Reporter(config, engine, 0, schedule) as reporter:  # type: ignore[arg-type]
+        for step in (1, 2, 3):
+            views, masks = random_batch(tiny_options(), 2, dtype=torch.float32)
+            reporter.add(engine.module(views, masks), step)
+            assert not reporter.end_step(step, schedule.at(step - 1), list, is_last=False)
+            if step == 1:
+                reporter.check_finite()
+        with pytest.raises(NonFiniteLoss, match=r"^gradient_norm became NaN or infinite at step 2\b.* no checkpoint was"):
+            reporter.check_finite()
+        (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+        with pytest.raises(NonFiniteLoss, match=r"step-00000001 is of a step before.* lower optimizer\.lr$"):
+            reporter.check_finite()
 
 
 def test_damaged_samples_are_listed_and_counted_once(single_rank: None, tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ def provenance() -> dict[str, Any]:
     """Device, versions and commit; ``dirty`` where a tracked file but a result or the README differs from the commit."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+        try:
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+        except OSError:  # no git here
+            return ""
         return done.stdout.strip()
 
     return {

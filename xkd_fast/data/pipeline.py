@@ -31,7 +31,7 @@ MAX_REPLACEMENTS = 20  # damaged samples in a row, in the place of one
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class ClipOptions:
     """What a clip is, and how clips are fetched."""
 
     __pydantic_config__ = FORBID_EXTRA
@@ -72,7 +72,7 @@ class DataOptions:
         return round(self.local_audio_seconds * self.sample_rate)
 
 
-def check_against_model(data: DataOptions, mel: MelOptions, model: ModelOptions) -> None:
+def check_against_model(data: ClipOptions, mel: MelOptions, model: ModelOptions) -> None:
     """Refuse sizes that cannot fit together.
 
     Raises:
@@ -105,7 +105,7 @@ def check_against_model(data: DataOptions, mel: MelOptions, model: ModelOptions)
         raise ValueError(f"mel.f_max = {mel.f_max:g} Hz must be at most half of data.sample_rate = {data.sample_rate} Hz")
 
 
-def view_shape(data: DataOptions, model: ModelOptions) -> ViewShape:
+def view_shape(data: ClipOptions, model: ModelOptions) -> ViewShape:
     """Sizes of the clip and its views.
 
     Args:
@@ -115,7 +115,7 @@ def view_shape(data: DataOptions, model: ModelOptions) -> ViewShape:
     return ViewShape(data.fps, data.sample_rate, data.clip_samples, data.local_samples, model.video, model.audio)
 
 
-def check_against_shards(data: DataOptions, shards: ShardSet) -> None:
+def check_against_shards(data: ClipOptions, shards: ShardSet) -> None:
     """Refuse shards that were prepared for another clip, or that cannot be decoded here.
 
     Raises:
@@ -187,7 +187,7 @@ class ViewPipeline:
         model: ModelOptions,
         augment: AugmentOptions,
         mel: MelOptions,
-        data: DataOptions,
+        data: ClipOptions,
         *,
         seed: int,
         micro_batch: int,
@@ -221,7 +221,7 @@ class ViewPipeline:
             config.mel,
             config.data,
             seed=config.seed,
-            micro_batch=config.train.micro_batch,
+            micro_batch=config.train.clips_per_pass(world_size),
             accumulation=config.train.accumulation(world_size),
             rank=rank,
             world_size=world_size,
@@ -367,7 +367,7 @@ def clips(
     shards: ShardSet,
     model: ModelOptions,
     mel: MelOptions,
-    data: DataOptions,
+    data: ClipOptions,
     *,
     per_sample: int,
     batch_size: int,
@@ -410,7 +410,7 @@ class _PlainClips:
         shards: ShardSet,
         shape: ViewShape,
         mel: MelOptions,
-        data: DataOptions,
+        data: ClipOptions,
         per_sample: int,
         batch_size: int,
         random: bool,

@@ -200,7 +200,7 @@ def check_plan(destination: Path, plan: dict[str, Any]) -> None:
                     f"{destination} was prepared with {name} = {earlier}, this call asks for {value}; "
                     "choose another folder, or delete this one"
                 )
-        if stored != plan:
+        if any(stored.get(name) != plan[name] for name in plan if name != REPLACEABLE):
             raise UserError(
                 f"{destination} was prepared from {stored.get('sources')} videos, and the source folder now holds "
                 f"{plan['sources']} or others, by name or size; choose another folder, or delete this one"

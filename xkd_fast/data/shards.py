@@ -256,6 +256,7 @@ class ShardSet:
         classes: class names, sorted; a label is a place in it.
         keys: [N] sample keys.
         labels, frames, samples, heights, widths: [N] int64.
+        crc32: of all that, of every sample's bytes and of their order; not of where the shards lie.
     """
 
     def __init__(self, directories: Sequence[Path]) -> None:
@@ -283,6 +284,9 @@ class ShardSet:
         )
         self.keys: list[str] = [key for table in tables for key in table.keys]
         self._ranges = np.concatenate([table.ranges for table in tables])
+        details = np.stack([self.labels, self.frames, self.samples, self.heights, self.widths])
+        names = "\n".join([*self.keys, *self.classes]).encode("utf-8", "surrogateescape")
+        self.crc32: int = zlib.crc32(self._ranges.tobytes(), zlib.crc32(details.tobytes(), zlib.crc32(names)))
         starts = np.cumsum([0, *(len(table.tars) for table in tables)])
         self._shard = np.concatenate([table.shard + start for table, start in zip(tables, starts, strict=False)])
         self._tars = [tar for table in tables for tar in table.tars]

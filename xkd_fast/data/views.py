@@ -224,7 +224,7 @@ class ViewShape:
     audio: AudioOptions
 
 
-DRAWS_PER_VIEW = 64  # uniforms set aside for a view: 10 tries at a crop take 40, the other choices 14
+DRAWS_PER_VIEW = 64  # uniforms set aside for a view: 10 tries at a crop take 40, the other choices 12
 
 
 def uniform_between(u: float, low: float, high: float) -> float:

@@ -26,7 +26,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from xkd_fast.config import Config, render_config
+from xkd_fast.data.shards import ShardSet
 from xkd_fast.engine.engine import Engine
+from xkd_fast.engine.launch import every_rank, first_rank_first
 from xkd_fast.errors import UserError
 from xkd_fast.weights import read_safetensors, write_safetensors
 
@@ -41,6 +43,7 @@ class TrainState:
     step: int  # optimiser steps taken
     seed: int
     samples: int  # size of the training set
+    data_crc32: int  # of its samples, their bytes and their order
     global_batch: int
     world_size: int
     zero_stage: int
@@ -51,10 +54,10 @@ class TrainState:
         return self.samples // self.global_batch
 
     @classmethod
-    def start(cls, config: Config, *, samples: int, world_size: int) -> TrainState:
+    def start(cls, config: Config, shards: ShardSet, *, world_size: int) -> TrainState:
         """A run before its first step."""
         train = config.train
-        return cls(0, config.seed, samples, train.global_batch, world_size, train.zero_stage)
+        return cls(0, config.seed, len(shards), shards.crc32, train.global_batch, world_size, train.zero_stage)
 
     def after_step(self) -> TrainState:
         """The state one optimiser step later."""
@@ -65,6 +68,7 @@ class TrainState:
         keys = {
             "seed": "seed",
             "samples": "data.train (the number of samples)",
+            "data_crc32": "data.train (the checksum of the samples, in their order)",
             "global_batch": "train.global_batch",
             "zero_stage": "train.zero_stage",
             "world_size": "the number of processes",
@@ -73,6 +77,44 @@ class TrainState:
             saved, now = getattr(self, name), getattr(other, name)
             if saved != now:
                 raise UserError(f"{path} was written with {key} = {saved}, this run has {now}; resume with the same value")
+
+
+class CannotWrite(UserError):
+    """A part of a checkpoint cannot be written; the message is the reason alone."""
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Turn the errors of writing files into :class:`CannotWrite`; to be left before a rank waits for another."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer tells of a full disk as a RuntimeError
+        raise CannotWrite(" ".join(str(error).split())[:200]) from error
+
+
+@contextmanager
+def _errors_after_barriers(deepspeed: Any) -> Iterator[None]:
+    """Let DeepSpeed save; what it cannot write is told once all ranks are through its barriers, where none waits in vain.
+
+    Nor does it leave a copy of its conversion script in the folder.
+    """
+    engine, errors = deepspeed.checkpoint_engine, []
+    save = engine.save
+
+    def attempt(state_dict: object, path: str) -> None:
+        try:
+            with _writing():
+                save(state_dict, path)
+        except CannotWrite as error:
+            errors.append(error)
+
+    engine.save, deepspeed._copy_recovery_script = attempt, lambda path: None
+    try:
+        yield
+    finally:
+        del engine.save, deepspeed._copy_recovery_script
+    if errors:
+        raise errors[0]
 
 
 class Checkpoints:
@@ -116,36 +158,44 @@ class Checkpoints:
         final = self.directory / f"step-{state.step:08d}"
         partial = self.directory / f"{final.name}.partial"
         try:
-            self._save(engine, state, config, final, partial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer tells of a full disk as a RuntimeError
-            shutil.rmtree(partial, ignore_errors=True)
-            reason = " ".join(str(error).split())[:200]
+            first_rank_first(lambda: self._begin(partial))
+            every_rank(lambda: self._write(engine, state, config, partial))
+            first_rank_first(lambda: self._publish(partial, final))
+        except CannotWrite as error:
             whole = self.found()
             standing = f"{whole[-1]} stands, --resume auto goes on from there" if whole else "no checkpoint was written before"
-            raise UserError(
-                f"{final} cannot be written ({reason}); make room or name another output, then call again: {standing}"
-            ) from error
+            told = UserError(
+                f"{final} cannot be written ({error}); make room or name another output, then call again: {standing}"
+            )
+            told.is_told = error.is_told
+            if not told.is_told:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise told from error
+        first_rank_first(lambda: self._prune(final))
         return final
 
-    def _save(self, engine: Engine, state: TrainState, config: Config, final: Path, partial: Path) -> None:
-        is_first = dist.get_rank() == 0
-        if is_first:
+    def _begin(self, partial: Path) -> None:
+        with _writing():
             self.recover()
             for leftover in self.directory.glob("step-*.partial"):
                 shutil.rmtree(leftover)
             partial.mkdir(parents=True)
-        dist.barrier()
-        engine.deepspeed.save_checkpoint(
-            str(self.directory), tag=partial.name, save_latest=False, exclude_frozen_parameters=True
-        )
-        torch.save(random_states(), partial / f"random-{dist.get_rank():05d}.pt")
-        if is_first:
-            metadata = {"step": str(state.step), "config": render_config(config)}
-            write_safetensors(engine.module.state_dict(), partial / "model.safetensors", metadata)
-            (partial / "options.json").write_text(json.dumps(config.as_dict(), indent=2), encoding="utf-8")
-            (partial / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
-        dist.barrier()
-        if is_first:
+
+    def _write(self, engine: Engine, state: TrainState, config: Config, partial: Path) -> None:
+        with _errors_after_barriers(engine.deepspeed):
+            engine.deepspeed.save_checkpoint(
+                str(self.directory), tag=partial.name, save_latest=False, exclude_frozen_parameters=True
+            )
+        with _writing():
+            torch.save(random_states(), partial / f"random-{dist.get_rank():05d}.pt")
+            if dist.get_rank() == 0:
+                metadata = {"step": str(state.step), "config": render_config(config)}
+                write_safetensors(engine.module.state_dict(), partial / "model.safetensors", metadata)
+                (partial / "options.json").write_text(json.dumps(config.as_dict(), indent=2), encoding="utf-8")
+                (partial / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+
+    def _publish(self, partial: Path, final: Path) -> None:
+        with _writing():
             flush_to_disk(partial)
             replaced = self.directory / f"{final.name}{REPLACED}"
             if final.exists():
@@ -153,10 +203,17 @@ class Checkpoints:
             partial.rename(final)
             shutil.rmtree(replaced, ignore_errors=True)
             flush_directory(self.directory)
-            older = [path for path in self.found() if path.name <= final.name]
-            for path in older[: -self.keep] if self.keep else []:
+
+    def _prune(self, newest: Path) -> None:
+        older = [path for path in self.found() if path.name <= newest.name]
+        for path in older[: -self.keep] if self.keep else []:
+            try:
                 shutil.rmtree(path)
-        dist.barrier()
+            except OSError as error:
+                raise UserError(
+                    f"{path}, older than checkpoint.keep = {self.keep} allows, cannot be removed ({error.strerror}); remove it "
+                    f"by hand, then go on with --resume auto: {newest} is whole"
+                ) from error
 
     def resolve(self, resume: str) -> Path | None:
         """The checkpoint that ``resume`` (``none``, ``auto`` or a path) names; None to start afresh.

@@ -36,7 +36,7 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     train = config.train
     settings: dict[str, Any] = {
         "train_batch_size": train.global_batch,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "train_micro_batch_size_per_gpu": train.clips_per_pass(world_size),
         "gradient_accumulation_steps": train.accumulation(world_size),
         "gradient_clipping": 0.0,
         "steps_per_print": 2**31,

@@ -10,7 +10,7 @@ import socket
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -156,6 +156,24 @@ def first_rank_first(task: Callable[[], None]) -> None:
         raise failure[0]
 
 
+def every_rank(task: Callable[[], None]) -> None:
+    """Run ``task`` on every rank at once; a ``UserError`` of one is raised on all, on the first rank to be told.
+
+    Any other error ends its rank at once, and the launcher the others: where it came from, they might wait for each other.
+    """
+    failure: UserError | None = None
+    try:
+        task()
+    except UserError as error:
+        failure = error
+    failures: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for failure in failures:
+        if failure is not None:
+            failure.is_told = dist.get_rank() > 0
+            raise failure
+
+
 class StopSignal:
     """SIGTERM (a scheduler's warning) or Ctrl-C asks for a last checkpoint; all ranks agree on the step to stop at.
 
@@ -166,9 +184,10 @@ class StopSignal:
         agreed: every rank knows that this is the last step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launchers: Sequence[psutil.Process]) -> None:
+        """``launchers``: of :func:`launchers_above`, asked as early as possible: one that has ended since is not found."""
         self._received = False
-        self._launchers = launchers_above()
+        self._launchers = launchers
         self.agreed = False
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs of scripts have it

@@ -22,10 +22,7 @@ if TYPE_CHECKING:
     from xkd_fast.config import Config
 
 NEVER = 2**62
-
-
-class NonFiniteLoss(UserError):
-    """A loss term became NaN or infinite."""
+GRADIENT_NORM = "gradient_norm"
 
 
 def entropy(logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -45,7 +42,7 @@ class StepMetrics:
         self._names: list[str] = []
         self._sum: Tensor | None = None
         self._micro_batches = 0
-        self._first_bad: Tensor | None = None
+        self._first_bad: Tensor | None = None  # per term, and last the gradient norm
         self._last: Losses | None = None
 
     def add(self, losses: Losses, step: int) -> None:
@@ -54,32 +51,41 @@ class StepMetrics:
         values = torch.stack([value.float() for value in terms.values()])
         if self._first_bad is None:
             self._names = list(terms)
-            self._first_bad = torch.full(values.shape, NEVER, dtype=torch.int64, device=values.device)
-        self._first_bad = torch.where(values.isfinite(), self._first_bad, self._first_bad.clamp(max=step))
+            self._first_bad = torch.full((len(terms) + 1,), NEVER, dtype=torch.int64, device=values.device)
+        self._note_bad(slice(None, -1), values, step)
         self._sum = values if self._sum is None else self._sum + values
         self._micro_batches += 1
         self._last = losses
+
+    def add_gradients(self, step: int) -> None:
+        """Take in the gradients of step number ``step``, once the optimiser has used them."""
+        self._note_bad(slice(-1, None), self._engine.optimizer.gradient_norm(), step)
+
+    def _note_bad(self, places: slice, values: Tensor, step: int) -> None:
+        assert self._first_bad is not None
+        first = self._first_bad[places]
+        self._first_bad[places] = torch.where(values.isfinite(), first, first.clamp(max=step))
 
     def end_step(self) -> None:
         """Forget the step's sums; the next :meth:`add` starts a new step."""
         self._sum, self._micro_batches = None, 0
 
-    def check_finite(self) -> None:
-        """Raise :class:`NonFiniteLoss` naming the terms and the first step, if any rank has met one. Synchronises."""
+    def first_non_finite(self) -> tuple[list[str], int] | None:
+        """The terms that were NaN or infinite first, on any rank, and the step; None while all were finite. Synchronises.
+
+        A term is told apart from the sums that it enters, and the gradient norm from the losses it follows from.
+        """
         if self._first_bad is None:
-            return
+            return None
         first = self._first_bad.clone()
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
-        bad = {name: step for name, step in zip(self._names, first.tolist(), strict=True) if step < NEVER}
-        if bad:
-            start = min(bad.values())
-            culprits = [name for name, step in bad.items() if step == start]
-            sums = ("total", "reconstruction", "distillation", "alignment")
-            named = [name for name in culprits if name not in sums] or culprits
-            raise NonFiniteLoss(
-                f"{', '.join(named)} became NaN or infinite at step {start}; training stopped, the last checkpoint is intact. "
-                "Start a new run (another output) with a lower optimizer.lr, or with train.precision=float32"
-            )
+        bad = {name: step for name, step in zip([*self._names, GRADIENT_NORM], first.tolist(), strict=True) if step < NEVER}
+        if not bad:
+            return None
+        start = min(bad.values())
+        culprits = [name for name, step in bad.items() if step == start]
+        follow = ("total", "reconstruction", "distillation", "alignment", GRADIENT_NORM)
+        return [name for name in culprits if name not in follow] or culprits, start
 
     def report(self) -> dict[str, float]:
         """The step's terms averaged over micro-batches and ranks, entropies and gradient norm. Synchronises."""
@@ -96,7 +102,7 @@ class StepMetrics:
         dist.all_reduce(vector)
         vector /= dist.get_world_size()
         report = dict(zip(values, vector.tolist(), strict=True))
-        report["gradient_norm"] = self._engine.optimizer.gradient_norm().item()
+        report[GRADIENT_NORM] = self._engine.optimizer.gradient_norm().item()
         return report
 
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from xkd_fast.engine.checkpoint import Checkpoints
 from xkd_fast.engine.engine import Engine
 from xkd_fast.engine.metrics import MetricLog, Speedometer, StepMetrics, memory_metrics, moment_metrics
 from xkd_fast.engine.progress import TrainProgress
 from xkd_fast.engine.schedule import Moment, Schedule
+from xkd_fast.errors import UserError
 from xkd_fast.objective.losses import Losses
 
 if TYPE_CHECKING:
@@ -22,12 +24,16 @@ if TYPE_CHECKING:
     from xkd_fast.data.pipeline import DamagedSample
 
 
+class NonFiniteLoss(UserError):
+    """A loss term, or the gradients, became NaN or infinite."""
+
+
 class Reporter:
     """One run's reporting; use as a context manager."""
 
     def __init__(self, config: Config, engine: Engine, step: int, schedule: Schedule) -> None:
         """``step``: steps already taken; later rows of an interrupted run are dropped from the logs."""
-        self._every, self._steps_per_epoch = config.log.every_steps, schedule.steps_per_epoch
+        self._config, self._steps_per_epoch = config, schedule.steps_per_epoch
         self._engine, self._metrics = engine, StepMetrics(engine)
         self._speed = Speedometer(config.train.global_batch)
         self._folder, self._damaged = Path(config.output), 0
@@ -58,7 +64,7 @@ class Reporter:
 
     def due(self, step: int) -> bool:
         """Whether a row belongs after ``step`` steps."""
-        return step % self._every == 0
+        return step % self._config.log.every_steps == 0
 
     def end_step(self, step: int, moment: Moment, damage: Callable[[], list[DamagedSample]], *, is_last: bool) -> bool:
         """Close step number ``step``; write a row where one is due. True where it was: this synchronised with the device.
@@ -68,6 +74,7 @@ class Reporter:
         Raises:
             NonFiniteLoss: naming the term, if one is NaN or infinite (found out at the logging cadence).
         """
+        self._metrics.add_gradients(step)
         self._speed.step()
         self._progress.advance()
         is_due = is_last or self.due(step)
@@ -93,5 +100,17 @@ class Reporter:
         return int(total.item())
 
     def check_finite(self) -> None:
-        """Raise :class:`NonFiniteLoss` if any loss so far was NaN or infinite."""
-        self._metrics.check_finite()
+        """Raise :class:`NonFiniteLoss` on every rank if any loss, or the gradients, were NaN or infinite so far."""
+        bad = self._metrics.first_non_finite()
+        if bad is None:
+            return
+        names, step = bad
+        found = Checkpoints.from_config(self._config).found()
+        standing = f"{found[-1]} is of a step before" if found else "no checkpoint was written before"
+        float32 = "" if self._config.train.precision == "float32" else ", or with train.precision=float32"
+        error = NonFiniteLoss(
+            f"{', '.join(names)} became NaN or infinite at step {step}, and training stopped; {standing}. "
+            f"Start a new run (another output) with a lower optimizer.lr{float32}"
+        )
+        error.is_told = dist.get_rank() > 0
+        raise error

@@ -122,6 +122,7 @@ def _distractor(scene: Scene) -> Motion:
 
 
 def render_frames(scene: Scene, event: Event) -> np.ndarray:
+    """The clip's pictures [T, H, W, 3] uint8 RGB, one per instant of ``scene.frame_times``; draws from ``scene.rng``."""
     rng, options = scene.rng, scene.options
     background = _background(rng, options)
     count, h, w = len(scene.frame_times), options.height, options.width

@@ -31,10 +31,12 @@ class Scene:
 
     @property
     def aspect(self) -> float:
+        """Width of the frame, in frame heights."""
         return self.options.width / self.options.height
 
     @property
     def seconds(self) -> float:
+        """Length of the clip, seconds."""
         return len(self.frame_times) / self.options.fps
 
     def pitch(self, low: float, high: float) -> float:

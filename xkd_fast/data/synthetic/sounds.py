@@ -32,14 +32,14 @@ def ramp(gain: np.ndarray, rate: int, seconds: float = 0.004) -> np.ndarray:
     return (total[width:] - total[:-width]) / width
 
 
-def tone(frequency: np.ndarray, rate: int, partials: np.ndarray) -> np.ndarray:
+def tone(frequency: np.ndarray, rate: int, amplitudes: np.ndarray) -> np.ndarray:
     """A harmonic tone of time-varying ``frequency`` [samples] Hz; partials above 0.45 of the rate are left out."""
     phase = 2 * np.pi * np.cumsum(frequency) / rate
-    tone = np.zeros_like(phase)
-    for number, amplitude in enumerate(partials, start=1):
+    sound = np.zeros_like(phase)
+    for number, amplitude in enumerate(amplitudes, start=1):
         if number * frequency.max() < 0.45 * rate:
-            tone += amplitude * np.sin(number * phase)
-    return tone
+            sound += amplitude * np.sin(number * phase)
+    return sound
 
 
 def partials(rng: np.random.Generator) -> np.ndarray:
@@ -49,6 +49,7 @@ def partials(rng: np.random.Generator) -> np.ndarray:
 
 
 def thud(scene: Scene) -> np.ndarray:
+    """A dull impact [samples] float64, some 0.4-0.8 s at ``sample_rate``: falls to 110-320 Hz, lower for a larger object."""
     rate, rng = scene.options.sample_rate, scene.rng
     t = _decay(rate, rng.uniform(0.04, 0.09))
     decay = len(t) / rate / -math.log(_SILENCE)
@@ -58,6 +59,7 @@ def thud(scene: Scene) -> np.ndarray:
 
 
 def click(scene: Scene) -> np.ndarray:
+    """A hard impact [samples] float64, some 0.06-0.14 s at ``sample_rate``: 1200-4200 Hz, lower for a larger object; noise."""
     rate, rng = scene.options.sample_rate, scene.rng
     t = _decay(rate, rng.uniform(0.006, 0.015))
     decay = len(t) / rate / -math.log(_SILENCE)
@@ -70,18 +72,18 @@ def ping(scene: Scene) -> np.ndarray:
     rate, rng = scene.options.sample_rate, scene.rng
     t = _decay(rate, rng.uniform(0.07, 0.16))
     decay = len(t) / rate / -math.log(_SILENCE)
-    base, ping = scene.pitch(500, 1500), np.zeros(len(t))
+    base, sound = scene.pitch(500, 1500), np.zeros(len(t))
     for ratio, amplitude in ((1.0, 1.0), (2.756, 0.7), (5.404, 0.45)):
         if base * ratio < 0.45 * rate:
-            ping += amplitude * np.exp(-t * ratio**0.5 / decay) * np.cos(2 * np.pi * base * ratio * t)
-    return ping
+            sound += amplitude * np.exp(-t * ratio**0.5 / decay) * np.cos(2 * np.pi * base * ratio * t)
+    return sound
 
 
 def coloured_noise(rng: np.random.Generator, samples: int, exponent: float) -> np.ndarray:
     """Noise of unit RMS whose power falls as frequency^-exponent (0 white, 1 pink, 2 brown)."""
     spectrum = np.fft.rfft(rng.normal(size=samples))
-    ramp = np.maximum(np.arange(len(spectrum)), 20.0 * samples / 16000)  # flat below ~20 Hz at 16 kHz
-    noise = np.fft.irfft(spectrum * ramp ** (-exponent / 2), n=samples)
+    bins = np.maximum(np.arange(len(spectrum)), 20.0 * samples / 16000)  # flat below ~20 Hz at 16 kHz
+    noise = np.fft.irfft(spectrum * bins ** (-exponent / 2), n=samples)
     return noise / max(float(np.sqrt(np.mean(noise**2))), 1e-12)
 
 
@@ -103,6 +105,7 @@ def _faint_sounds(scene: Scene) -> np.ndarray:
 
 
 def render_sound(scene: Scene, event: Event) -> np.ndarray:
+    """The clip's sound [samples] float32 in [-1, 1] at ``sample_rate``; draws from ``scene.rng``, at a random level."""
     rng, options = scene.rng, scene.options
     # A random RMS level: at a random peak, loudness alone would tell hums from clicks.
     level = 10 ** (-rng.uniform(20, 34) / 20)
