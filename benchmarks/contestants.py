@@ -6,7 +6,7 @@ A step is forward, backward, per-tensor clipping, AdamW, both teachers and centr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -141,7 +141,29 @@ class Fast(FewLaunches):
     """What users train with."""
 
     name = "fast"
+    choices: Mapping[str, bool] = {}
 
     def build(self, options: ModelOptions) -> reference.XKD:
         """The fast model."""
-        return build_model(replace(options, implementation="fast"), seed=0)
+        return build_model(replace(options, implementation="fast", **self.choices), seed=0)
+
+
+class FastCompiled(Fast):
+    """With its blocks through torch.compile."""
+
+    name = "fast_compiled"
+    choices: Mapping[str, bool] = {"compile": True}
+
+
+class FastGraph(Fast):
+    """With forward and backward pass as one CUDA graph."""
+
+    name = "fast_graph"
+    choices: Mapping[str, bool] = {"cuda_graph": True}
+
+
+class FastCompiledGraph(Fast):
+    """With both."""
+
+    name = "fast_compiled_graph"
+    choices: Mapping[str, bool] = {"compile": True, "cuda_graph": True}

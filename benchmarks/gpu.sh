@@ -23,7 +23,7 @@ fi
 
 # The fast model against the reference, on the CPU and on the GPU where there is one.
 failed=0
-"$python" -m pytest -q -p no:cacheprovider -o addopts= tests/model/test_fast_model.py || failed=1
+"$python" -m pytest -q -p no:cacheprovider -o addopts= tests/model/test_fast_model.py tests/model/test_graphs.py || failed=1
 "$python" -m pytest -q -s -p no:cacheprovider -o addopts= benchmarks/test_attention.py benchmarks/test_step.py "${flags[@]}" || failed=1
 if [[ ${#flags[@]} -gt 0 ]]; then
     "$python" -m benchmarks.table

@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from benchmarks import measure, record
-from benchmarks.contestants import Contestant, Fast, Released, Strong, autocast
+from benchmarks.contestants import (
+    Contestant,
+    Fast,
+    FastCompiled,
+    FastCompiledGraph,
+    FastGraph,
+    Released,
+    Strong,
+    autocast,
+)
 from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.model.build import random_views
 from xkd_fast.model.options import (
@@ -71,7 +80,12 @@ def counted(contestant: Contestant, views: Views, masks: MaskNoise) -> dict[str,
 
 def contestants(options: ModelOptions, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> list[Contestant]:
     """All of them, on equal weights."""
-    return [Released(options, device, dtype), Strong(options, device, dtype, compiled=compiled), Fast(options, device, dtype)]
+    kinds: list[type[Contestant]] = [Fast]
+    kinds += [FastCompiled] if compiled else []
+    kinds += [FastGraph] if device.type == "cuda" else []
+    kinds += [FastCompiledGraph] if device.type == "cuda" and compiled else []
+    plain = [Released(options, device, dtype), Strong(options, device, dtype, compiled=compiled)]
+    return [*plain, *(kind(options, device, dtype) for kind in kinds)]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -101,9 +115,8 @@ def test_step(measuring: bool, variant: Variant, precision: str) -> None:
                     peak[entrant.name] = torch.cuda.max_memory_allocated()
         first = [losses[name][0] for name in losses]
         assert max(first) - min(first) < (1e-3 if precision == "float32" else 0.1) * first[0], losses
-        costs = {
-            entrant.name: counted(entrant, views, masks) for entrant in entrants if entrant.name != "strong" or not compiled
-        }
+        countable = {"reference", "fast"} | (set() if compiled else {"strong"})
+        costs = {entrant.name: counted(entrant, views, masks) for entrant in entrants if entrant.name in countable}
         rows.append(row(clips, seconds, costs, peak))
         report(variant, precision, rows[-1])
         del entrants

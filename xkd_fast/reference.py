@@ -51,8 +51,12 @@ def normalised_pixels(pixels: Tensor, video: VideoOptions, *, axis: int) -> Tens
     if pixels.dtype != torch.uint8:
         return pixels
     shape = [-1 if place == axis % pixels.ndim else 1 for place in range(pixels.ndim)]
-    mean, std = (torch.tensor(values, device=pixels.device).view(shape) for values in (video.pixel_mean, video.pixel_std))
-    return (pixels / 255 - mean) / std
+    scaled = pixels / 255
+    # filled in place: a copy from the host would wait for the device
+    mean, std = (
+        torch.cat([scaled.new_full((1,), x) for x in values]).view(shape) for values in (video.pixel_mean, video.pixel_std)
+    )
+    return (scaled - mean) / std
 
 
 def interpolate_position(table: Tensor, grid: Sequence[int], target: Sequence[int]) -> Tensor:

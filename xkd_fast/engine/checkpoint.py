@@ -265,6 +265,7 @@ FREE_OPTIONS = frozenset(
         "checkpoint",
         "model.checkpointing",
         "model.teacher_stream",
+        "model.cuda_graph",
         "train.threads",
         "train.device",
         "train.stop_after_steps",

@@ -305,6 +305,7 @@ class ModelOptions:
         False, "keep only each block's input and compute the block again in the backward pass: less memory, more time"
     )
     teacher_stream: bool = option(False, "on a GPU, run the teachers beside the students, on a stream of their own")
+    cuda_graph: bool = option(False, "on a GPU, record forward and backward pass once and launch them as one CUDA graph")
     variant: Variant = option("xkd", "xkd: a stack per modality; mas: students share one; mats: teachers share one too")
     teacher_view: TeacherView = option(
         "global", "what the teachers see: the global view (paper) or first local view (released code)"
@@ -320,7 +321,7 @@ class ModelOptions:
     objective: ObjectiveOptions = section(ObjectiveOptions, "loss weights, temperatures, centre and MMD")
 
     def __post_init__(self) -> None:
-        for name in ("compile", "checkpointing", "teacher_stream"):
+        for name in ("compile", "checkpointing", "teacher_stream", "cuda_graph"):
             require(
                 self.implementation == "fast" or not getattr(self, name),
                 f"model.{name} = true needs model.implementation = fast; the reference is plain",

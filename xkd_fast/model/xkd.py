@@ -15,6 +15,7 @@ from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.model.attention import choose
 from xkd_fast.model.autoencoder import decode_masked
 from xkd_fast.model.components import component
+from xkd_fast.model.graphs import RecordedPass, Recorder, record, signature
 from xkd_fast.model.half import HalfCopy
 from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
 from xkd_fast.model.precision import as_written
@@ -34,10 +35,29 @@ class XKD(reference.XKD):
         self.attention = choose(options.attention)
         self.runner = BlockRunner(self.attention.attend, compiled=options.compile, checkpointed=options.checkpointing)
         self._half: HalfCopy | None = None
+        self._recorded: dict[tuple[object, ...], RecordedPass] = {}
 
     def forward(self, views: Views, masks: MaskNoise | None = None) -> Losses:
         """Losses of one batch. ``masks`` fixes the mask noise, for replay and for exact resume."""
         masks = masks or self.draw_masks(views)
+        if self.options.cuda_graph and views.video_global.device.type == "cuda" and torch.is_grad_enabled():
+            return self.recorded(views, masks)(views, masks)
+        return self.losses(views, masks)
+
+    def recorded(self, views: Views, masks: MaskNoise, record: Recorder = record) -> RecordedPass:
+        """The recording for batches of these shapes, made when they are first met."""
+        device = views.video_global.device
+        half = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        key = (half, *signature(views, masks))
+        if key not in self._recorded:
+            parameters: list[Tensor] = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            self._recorded[key] = RecordedPass(
+                self.losses, parameters, views, masks, prepare=lambda: self.teachers_for(device), record=record
+            )
+        return self._recorded[key]
+
+    def losses(self, views: Views, masks: MaskNoise) -> Losses:
+        """Losses of one batch, computed here and now."""
         clips = {"video": [views.video_global, *views.video_locals], "audio": [views.audio_global, *views.audio_locals]}
         order = {m: noise.argsort(dim=1, stable=True) for m, noise in (("video", masks.video), ("audio", masks.audio))}
 

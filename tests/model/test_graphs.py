@@ -1,0 +1,169 @@
+"""A recorded pass gives what the model gives, and the model does nothing that a CUDA graph cannot record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.tiny import random_batch, tiny_options
+from xkd_fast import reference
+from xkd_fast.data.views import MaskNoise, Views
+from xkd_fast.engine.ema import TeacherUpdate
+from xkd_fast.model.build import build_model
+from xkd_fast.model.graphs import Pass
+from xkd_fast.model.options import ModelOptions
+from xkd_fast.model.xkd import XKD
+from xkd_fast.objective.losses import Losses
+
+VARIANTS = ("xkd", "mas", "mats")
+
+
+def run_again(run: Pass, device: torch.device) -> Pass:
+    """What stands in for a graph where there is no GPU: the same pass from the same places into the same places."""
+    run()
+    return run
+
+
+def batches(options: ModelOptions, count: int, dtype: torch.dtype) -> list[tuple[Views, MaskNoise]]:
+    """Random batches, all different."""
+    return [random_batch(options, 3, seed=seed, dtype=dtype) for seed in range(count)]
+
+
+def gradients(model: reference.XKD) -> dict[str, torch.Tensor | None]:
+    """The model's gradients by name, taken away from it."""
+    taken = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return taken
+
+
+def scalars(losses: Losses) -> dict[str, float]:
+    """The losses' terms as numbers."""
+    return {name: value.item() for name, value in losses.terms().items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_recorded_pass_is_the_models(variant: str) -> None:
+    """Red if inputs are not taken over, gradients are not added up or scaled, or one pass overwrites what another returned."""
+    options = tiny_options(variant=variant)
+    model = build_model(options, seed=2).double()
+    assert isinstance(model, XKD)
+    several = batches(options, 3, torch.float64)
+    expected = []
+    for views, masks in several:
+        losses = model(views, masks)
+        (losses.total / 4).backward()
+        expected.append(losses)
+    plain = gradients(model)
+    got = []
+    for views, masks in several:
+        losses = model.recorded(views, masks, run_again)(views, masks)
+        (losses.total / 4).backward()
+        got.append(losses)
+    assert len({id(model.recorded(*batch, run_again)) for batch in several}) == 1
+    for ours, theirs in zip(got, expected, strict=True):
+        assert scalars(ours) == pytest.approx(scalars(theirs), rel=1e-12)
+        for kind in ("student_logits", "teacher_logits", "refinement_weights", "teacher_means"):
+            for modality in ("video", "audio"):
+                assert torch.equal(getattr(ours.outputs, kind)[modality], getattr(theirs.outputs, kind)[modality])
+    recorded = gradients(model)
+    for name, gradient in plain.items():
+        assert (gradient is None) == (recorded[name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(recorded[name], gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_a_recording_follows_weights_teachers_and_autocast() -> None:
+    """Red if a recording goes on with casts of old weights, old teachers, old centres or another precision."""
+    options = tiny_options()
+    model = build_model(options, seed=2)
+    assert isinstance(model, XKD)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    video, audio = ((model.student(m), model.teacher(m)) for m in reference.MODALITIES)
+    update_teachers = TeacherUpdate(video, audio)
+    for views, masks in batches(options, 3, torch.float32):
+        for half in (True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                expected, got = model(views, masks), model.recorded(views, masks, run_again)(views, masks)
+            assert scalars(got) == pytest.approx(scalars(expected), rel=1e-6), half
+        got.total.backward()
+        optimizer.step()
+        update_teachers(0.5, 0.5)
+        reference.update_centres(model, got.outputs.teacher_means)
+        model.set_teacher_temperatures(0.05, 0.06)
+    assert len(model._recorded) == 2
+
+
+def test_batches_of_another_shape_have_their_own_recording() -> None:
+    """Red if a last, smaller batch is squeezed into the recording of another."""
+    options = tiny_options()
+    model = build_model(options, seed=2).double()
+    assert isinstance(model, XKD)
+    for clips in (3, 2, 3):
+        views, masks = random_batch(options, clips, dtype=torch.float64)
+        assert model.recorded(views, masks, run_again)(views, masks).total.item() == pytest.approx(
+            model(views, masks).total.item(), rel=1e-12
+        )
+    assert len(model._recorded) == 2
+
+
+class HostTraffic(TorchDispatchMode):
+    """Notes operators that wait for a device's result, or copy a new tensor to it: neither can be recorded."""
+
+    FORBIDDEN = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique", "lift_fresh", "item", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: list[str] = []
+
+    def __torch_dispatch__(self, function, types: Sequence[type], args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = function.overloadpacket.__name__
+        if name.startswith(self.FORBIDDEN):
+            self.met.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("refinement", ("mean", "softmax"))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_waits_for_the_device(variant: str, refinement: str) -> None:
+    """Red if the pass reads a value back, or makes a tensor on the host, such as a constant: either ends a recording."""
+    options = tiny_options(variant=variant, refinement=refinement)
+    model = build_model(options, seed=2)
+    views, masks = random_batch(options, 3, dtype=torch.float32)
+    raw = replace(
+        views,
+        video_global=(views.video_global * 50 + 128).clamp(0, 255).to(torch.uint8),
+        video_locals=[(view * 50 + 128).clamp(0, 255).to(torch.uint8) for view in views.video_locals],
+    )
+    for batch in (views, raw):
+        with HostTraffic() as traffic, torch.autocast("cpu", torch.bfloat16):
+            model(batch, masks).total.backward()
+        assert not traffic.met
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("more", ({}, {"teacher_stream": True}, {"checkpointing": True}, {"compile": True}))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_cuda_graph_is_the_models_pass(variant: str, more: dict[str, bool]) -> None:
+    """Red if a graph holds something that changes between steps: an input, a cast, a teacher, a centre."""
+    options = tiny_options(variant=variant, **more)
+    plain, graphed = (build_model(replace(options, cuda_graph=graph), seed=2).to("cuda") for graph in (False, True))
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.05) for m in (plain, graphed)]
+    for number, (views, masks) in enumerate(batches(options, 4, torch.float32)):
+        terms = []
+        for model, optimizer in zip((plain, graphed), optimizers, strict=True):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                losses = model(views.to("cuda"), masks.to("cuda"))
+            losses.total.backward()
+            optimizer.step()
+            video, audio = ((model.student(m), model.teacher(m)) for m in reference.MODALITIES)
+            TeacherUpdate(video, audio)(0.5, 0.5)
+            reference.update_centres(model, losses.outputs.teacher_means)
+            terms.append(scalars(losses))
+        assert terms[1] == pytest.approx(terms[0], rel=0.02, abs=2e-3), number
+    for (name, one), other in zip(plain.named_parameters(), graphed.parameters(), strict=True):
+        assert (one - other).norm() <= 0.02 * one.norm() + 1e-4, name
