@@ -85,6 +85,7 @@ def step_paragraph() -> str:
         for row in result["rows"]:
             ratios = [row["fast_against"][name] for name in ("reference", "strong")]
             told = [f"{ratio['median']:.2f} × ({ratio['min']:.2f}-{ratio['max']:.2f})" for ratio in ratios]
+            told[1] += "" if result.get("strong_is_compiled", True) else ", not compiled"
             kept = row["costs"]["fast"]["saved_bytes"] / row["costs"]["reference"]["saved_bytes"]
             cells = [result["model"], result["precision"], row["clips"], f"{row['clips_per_second']['fast']:.3g}", *told]
             lines.append(f"| {' | '.join(map(str, cells))} | {kept:.2f} × |")

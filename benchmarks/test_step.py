@@ -81,9 +81,8 @@ def counted(contestant: Contestant, views: Views, masks: MaskNoise) -> dict[str,
 def contestants(options: ModelOptions, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> list[Contestant]:
     """All of them, on equal weights."""
     kinds: list[type[Contestant]] = [Fast]
-    kinds += [FastCompiled] if compiled else []
-    kinds += [FastGraph] if device.type == "cuda" else []
-    kinds += [FastCompiledGraph] if device.type == "cuda" and compiled else []
+    if device.type == "cuda":
+        kinds += [FastGraph, *((FastCompiled, FastCompiledGraph) if compiled else ())]
     plain = [Released(options, device, dtype), Strong(options, device, dtype, compiled=compiled)]
     return [*plain, *(kind(options, device, dtype) for kind in kinds)]
 
@@ -123,7 +122,7 @@ def test_step(measuring: bool, variant: Variant, precision: str) -> None:
         torch._dynamo.reset()  # compiled programs hold on to their models
         gc.collect()
     if measuring:
-        result = {"model": f"{variant} base", "precision": precision, "rows": rows}
+        result = {"model": f"{variant} base", "precision": precision, "strong_is_compiled": compiled, "rows": rows}
         record.write(f"step_{device.type}_{variant}_{precision}", result)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,22 +14,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xkd_fast.errors import UserError
+from xkd_fast.model.packing import Group, heads_of, joined, unpack
 from xkd_fast.model.precision import as_written
 
 # q: [B, h, n, d], k and v: [B, h, N, d] → [B, n, h·d]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# qkv as the linear layer wrote it: [M, 3·h·d], its groups of sequences, h → [M, h·d]
+PackedAttend = Callable[[Tensor, Sequence[Group], int], Tensor]
 
-BACKENDS = ("sdpa", "recompute", "xformers", "eager")
 QUERY_TILE = 64  # queries whose scores are held at once where CLS is off
 
 
 @dataclass(frozen=True)
 class Attention:
-    """A backend, and why it was chosen."""
+    """A backend, and why it was chosen.
+
+    Attributes:
+        attend: of sequences of one length, with as many queries as one likes.
+        attend_packed: of packed sequences of several lengths, each to itself.
+    """
 
     name: str
     reason: str
     attend: Attend
+    attend_packed: PackedAttend
+
+
+def group_by_group(attend: Attend) -> PackedAttend:
+    """Packed attention by one call per group of sequences of equal length."""
+
+    def attend_packed(qkv: Tensor, groups: Sequence[Group], heads: int) -> Tensor:
+        return joined([attend(*heads_of(part, heads)).flatten(0, 1) for part in unpack(qkv, groups)])
+
+    return attend_packed
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -71,6 +89,9 @@ def recompute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _Recompute.apply(q, k, v)  # type: ignore[no-any-return]
 
 
+PLAIN: dict[str, Attend] = {"sdpa": sdpa, "recompute": recompute, "eager": eager}
+
+
 def automatic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``sdpa``; in bfloat16 on a CPU ``recompute`` where there will be a backward pass.
 
@@ -84,21 +105,37 @@ def automatic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sdpa(q, k, v)
 
 
-def _xformers() -> Attend:
+def block_diagonal(operators: Any) -> tuple[Attend, PackedAttend]:
+    """xformers' attention, given its ``xformers.ops``: packed sequences in one call, under a block-diagonal mask."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        arguments = (x.transpose(1, 2) for x in (q, k, v))
+        return operators.memory_efficient_attention(*arguments).flatten(2)  # type: ignore[no-any-return]
+
+    @cache
+    def mask(groups: tuple[Group, ...], device: torch.device) -> Any:
+        lengths = [group.length for group in groups for _ in range(group.sequences)]
+        return operators.fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=device)
+
+    def attend_packed(qkv: Tensor, groups: Sequence[Group], heads: int) -> Tensor:
+        q, k, v = qkv.view(1, len(qkv), 3, heads, -1).unbind(dim=2)
+        mixed = operators.memory_efficient_attention(q, k, v, attn_bias=mask(tuple(groups), qkv.device))
+        return mixed.flatten(2).squeeze(0)  # type: ignore[no-any-return]
+
+    return attend, attend_packed
+
+
+def _xformers() -> tuple[Attend, PackedAttend]:
     """xformers' attention, tried once on the GPU it shall run on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         operators = importlib.import_module("xformers.ops")
     if not torch.cuda.is_available():
         raise RuntimeError("it has no operator for the CPU")
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        arguments = (x.transpose(1, 2) for x in (q, k, v))
-        return operators.memory_efficient_attention(*arguments).flatten(2)  # type: ignore[no-any-return]
-
-    x = torch.zeros(1, 1, 16, 64, device="cuda", dtype=torch.bfloat16)
-    attend(x, x, x)
-    return attend
+    attend, attend_packed = block_diagonal(operators)
+    x = torch.zeros(16, 3 * 64, device="cuda", dtype=torch.bfloat16)
+    attend_packed(x, [Group(2, 5), Group(1, 6)], 1)
+    return attend, attend_packed
 
 
 def choose(name: str) -> Attention:
@@ -108,22 +145,19 @@ def choose(name: str) -> Attention:
         UserError: a backend that is unknown, or that cannot run here; says why, and what can.
     """
     if name == "auto":
-        return Attention("sdpa", "but for bfloat16 on a CPU, where recompute is measured to be faster than it", automatic)
-    if name == "sdpa":
-        return Attention(name, "asked for", sdpa)
-    if name == "recompute":
-        return Attention(name, "asked for", recompute)
-    if name == "eager":
-        return Attention(name, "asked for", eager)
+        reason = "but for bfloat16 on a CPU, where recompute is measured to be faster than it"
+        return Attention("sdpa", reason, automatic, group_by_group(automatic))
+    if name in PLAIN:
+        return Attention(name, "asked for", PLAIN[name], group_by_group(PLAIN[name]))
     if name == "xformers":
         try:
-            return Attention(name, "asked for", _xformers())
+            return Attention(name, "asked for", *_xformers())
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"model.attention = xformers cannot run here ({type(error).__name__}: {reason}); use sdpa or auto"
             ) from error
-    raise UserError(f"model.attention = {name} is not one of auto, {', '.join(BACKENDS)}")
+    raise UserError(f"model.attention = {name} is not one of auto, {', '.join(PLAIN)}, xformers")
 
 
 def patch_probabilities(q: Tensor, k: Tensor, *, has_cls: bool) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from xkd_fast.model.attention import Attend
 from xkd_fast.model.layers import norm_linear
-from xkd_fast.model.vit import BlockRunner, Group, heads_of, mlp
+from xkd_fast.model.packing import Group, heads_of
+from xkd_fast.model.vit import BlockRunner, mlp
 from xkd_fast.reference import Block, Decoder
 
 
@@ -40,7 +41,7 @@ def decode_masked(decoder: Decoder, encoded: Tensor, order: Tensor, runner: Bloc
     length = tokens.shape[1]
     packed = runner.blocks(decoder.blocks[:-1], tokens.view(-1, width), [Group(batch, length)])  # type: ignore[arg-type]
     tokens = packed.view(batch, length, width)
-    return runner.compile(predict_masked)(decoder, tokens, masked, runner.attend)
+    return runner.compile(predict_masked)(decoder, tokens, masked, runner.attention.attend)
 
 
 def predict_masked(decoder: Decoder, tokens: Tensor, masked: int, attend: Attend) -> Tensor:

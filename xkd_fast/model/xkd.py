@@ -18,11 +18,12 @@ from xkd_fast.model.components import component
 from xkd_fast.model.graphs import RecordedPass, Recorder, record, signature
 from xkd_fast.model.half import HalfCopy
 from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
+from xkd_fast.model.packing import Group, pack, unpack
 from xkd_fast.model.precision import as_written
 from xkd_fast.model.refine import refined_mean, refinement_weights
 from xkd_fast.model.streams import SideStream
 from xkd_fast.model.tokens import embed, gather_patches
-from xkd_fast.model.vit import BlockRunner, Group, pack, unpack
+from xkd_fast.model.vit import BlockRunner
 from xkd_fast.objective.losses import Losses
 from xkd_fast.reference import MODALITIES, Block, Network
 
@@ -33,7 +34,7 @@ class XKD(reference.XKD):
     def __init__(self, options: ModelOptions) -> None:
         super().__init__(options)
         self.attention = choose(options.attention)
-        self.runner = BlockRunner(self.attention.attend, compiled=options.compile, checkpointed=options.checkpointing)
+        self.runner = BlockRunner(self.attention, compiled=options.compile, checkpointed=options.checkpointing)
         self._half: HalfCopy | None = None
         self._recorded: dict[tuple[object, ...], RecordedPass] = {}
 
@@ -111,7 +112,7 @@ class XKD(reference.XKD):
             blocks = teachers[together[0]].encoder.blocks
             x = self.runner.blocks(blocks[:-1], x, groups)  # type: ignore[arg-type]
             last: Block = blocks[-1]  # type: ignore[assignment]
-            x, probabilities = self.runner.last_block(last, x, groups, self.attention.attend, has_cls=self.options.cls_token)
+            x, probabilities = self.runner.last_block(last, x, groups, has_cls=self.options.cls_token)
             if len(probabilities) < len(together):  # both modalities of equal length share a group
                 probabilities = list(probabilities[0].split([len(part) for part in embedded]))
             rows = x.split([part.shape[0] * part.shape[1] for part in embedded])

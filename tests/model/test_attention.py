@@ -1,0 +1,89 @@
+"""Every attention backend gives each packed sequence its own attention, and no other's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from xkd_fast.errors import UserError
+from xkd_fast.model.attention import PLAIN, automatic, block_diagonal, choose, group_by_group
+from xkd_fast.model.packing import Group, joined
+
+HEADS, WIDTH = 3, 8
+GROUPS = [Group(2, 5), Group(1, 17), Group(3, 1)]
+
+
+def one_by_one(qkv: Tensor) -> Tensor:
+    """Attention of every sequence by itself, in float64, as it is written in the textbook."""
+    mixed = []
+    for sequence in qkv.double().split([group.length for group in GROUPS for _ in range(group.sequences)]):
+        q, k, v = sequence.view(len(sequence), 3, HEADS, WIDTH).permute(1, 2, 0, 3)
+        mixed.append(((q @ k.mT / WIDTH**0.5).softmax(dim=-1) @ v).transpose(0, 1).flatten(1))
+    return joined(mixed)
+
+
+def packed(dtype: torch.dtype) -> Tensor:
+    """Random projections of packed sequences."""
+    rows = sum(group.rows for group in GROUPS)
+    return torch.randn(rows, 3 * HEADS * WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize(("dtype", "error"), ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)))
+@pytest.mark.parametrize("attend", (*PLAIN.values(), automatic))
+def test_each_sequence_attends_to_itself(attend, dtype: torch.dtype, error: float) -> None:
+    """Red if sequences mix, heads are mistaken for widths, or a backend's gradients are not those of its numbers."""
+    qkv, exact = packed(dtype), packed(torch.float64)
+    got, expected = group_by_group(attend)(qkv, GROUPS, HEADS), one_by_one(exact)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (got * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert got.dtype == dtype and (got - expected).abs().max() < error * expected.abs().max()
+    assert qkv.grad is not None and exact.grad is not None
+    assert (qkv.grad - exact.grad).abs().max() < 2 * error * exact.grad.abs().max()
+
+
+class DenseMask:
+    """What stands in for xformers' mask where its binary does not run: the lengths, made dense."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        blocks = [torch.ones(length, length, dtype=torch.bool) for length in lengths]
+        self.dense = torch.block_diag(*blocks).bool()
+
+    @classmethod
+    def from_seqlens(cls, lengths: list[int], *, device: torch.device) -> DenseMask:
+        """As xformers' mask is made."""
+        assert device.type == "cpu"
+        return cls(lengths)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: DenseMask | None = None) -> Tensor:
+    """xformers' contract: [B, n, h, d] each → [B, n, h, d]."""
+    mask = None if attn_bias is None else attn_bias.dense
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def test_a_block_diagonal_mask_packs_all_groups_into_one_call() -> None:
+    """Red if tensors reach xformers in another layout than its contract's, or the mask's blocks are not the sequences."""
+    masks = SimpleNamespace(attn_bias=SimpleNamespace(BlockDiagonalMask=DenseMask))
+    operators = SimpleNamespace(memory_efficient_attention=dense_attention, fmha=masks)
+    attend, attend_packed = block_diagonal(operators)
+    qkv = packed(torch.float32)
+    torch.testing.assert_close(attend_packed(qkv, GROUPS, HEADS).double(), one_by_one(qkv), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(group_by_group(attend)(qkv, GROUPS, HEADS).double(), one_by_one(qkv), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_xformers_on_a_gpu() -> None:
+    """Red if its block-diagonal attention differs from the textbook's."""
+    pytest.importorskip("xformers")
+    qkv = packed(torch.bfloat16).detach().cuda()
+    try:
+        attention = choose("xformers")
+    except UserError as error:
+        pytest.skip(str(error))
+    got = attention.attend_packed(qkv, GROUPS, HEADS)
+    torch.testing.assert_close(got.double().cpu(), one_by_one(qkv.cpu()), rtol=3e-2, atol=3e-2)
