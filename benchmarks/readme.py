@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from xkd_fast.analysis.flops import PARTS, savings, step_flops, total
+from xkd_fast.model.options import ModelOptions
 
 README = Path(__file__).parent.parent / "README.md"
 DEMO = "demo_cpu"
@@ -93,7 +95,23 @@ def step_paragraph() -> str:
     return "\n".join([*lines, "", f"On {'; '.join(machines)}."])
 
 
-PARAGRAPHS = {"demo": demo_paragraph, "step": step_paragraph}
+def flops_paragraph() -> str:
+    """About the base model's arithmetic, part by part."""
+    steps = {name: step_flops(ModelOptions(implementation=name)) for name in ("reference", "fast")}
+    lines = [
+        "Matrix products of the base model's step, forward and backward, GFLOP per clip (`xkd_fast/analysis/flops.py`):",
+        "",
+        "| part | reference | fast |",
+        "|---|---|---|",
+    ]
+    for part in PARTS:
+        lines.append(f"| {part} | " + " | ".join(f"{step[part].total / 1e9:.2f}" for step in steps.values()) + " |")
+    lines.append("| all | " + " | ".join(f"{total(step).total / 1e9:.2f}" for step in steps.values()) + " |")
+    listed = [f"{reason} {amount / 1e9:+.2f}" for reason, amount in savings(ModelOptions()).items()]
+    return "\n".join([*lines, "", f"Saved (+) and spent (-): {'; '.join(listed)}."])
+
+
+PARAGRAPHS = {"flops": flops_paragraph, "demo": demo_paragraph, "step": step_paragraph}
 
 
 def with_paragraph(readme: str, name: str, paragraph: str) -> str:

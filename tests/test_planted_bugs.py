@@ -1,6 +1,7 @@
 """Bugs planted one at a time, as they would be typed: each must turn a check red.
 
-Those of the method turn the golden replay red, far above its tolerance; those around it a test of their module.
+Those of the method turn the golden replay red, far above its tolerance; those of the fast model take it away from the
+reference; those around them turn a test of their module red.
 """
 
 import importlib
@@ -13,10 +14,12 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+import torch
 
 import tests.replay_golden
 import xkd_fast.reference
 from tests.engine.test_launch import single_rank  # noqa: F401 (a fixture that its tests ask for)
+from tests.tiny import random_batch, tiny_options
 
 REFERENCE, REPLAY = Path(xkd_fast.reference.__file__), Path(tests.replay_golden.__file__)
 
@@ -122,6 +125,110 @@ def test_planted_bug_turns_the_replay_red(name, monkeypatch):
 def test_replay_without_a_bug_stays_green(monkeypatch):
     """An editing that is itself a bug, so that everything above is red for no reason."""
     assert max(error for error, _ in replay_with(Bug("nothing", {}), monkeypatch).values()) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------ the fast model
+
+
+class FastBug(NamedTuple):
+    """What is typed instead of what in a module of ``xkd_fast/model``, and the options that show it."""
+
+    module: str
+    edits: dict[str, str]  # of the module; each key stands there once
+    options: dict[str, object] = {}  # noqa: RUF012 (never written)
+
+
+FAST_MODULES = (
+    "packing",
+    "attention",
+    "layers",
+    "vit",
+    "tokens",
+    "half",
+    "refine",
+    "autoencoder",
+    "graphs",
+    "xkd",
+)  # as imported
+SOFTMAX: dict[str, object] = {"refinement": "softmax"}
+FAST_BUGS = {
+    "clips that take each other's patches": FastBug("tokens", {"rest = ids\n": "rest = ids.flip(0)\n"}),
+    "positions of the first patches for the visible ones": FastBug(
+        "tokens", {"F.embedding(visible, table[0])": "table[:, : visible.shape[1]]"}
+    ),
+    "CLS without its position": FastBug("tokens", {"(encoder.cls_token + encoder.position[:, :1])": "encoder.cls_token"}),
+    "heads and q, k, v confused": FastBug(
+        "packing",
+        {"view(batch, length, 3, heads, -1).permute(2, 0": "view(batch, length, heads, 3, -1).transpose(2, 3).permute(2, 0"},
+    ),
+    "MLP without its residual": FastBug("vit", {"return x + gelu_linear(": "return gelu_linear("}),
+    "recomputed norm not divided": FastBug("layers", {"(x - mean) * inverse_deviation, gain)": "(x - mean), gain)"}),
+    "GELU's derivative left out": FastBug("layers", {"torch.ops.aten.gelu_backward(to_activated, h)": "to_activated"}),
+    "scores' scale lost in the backward pass": FastBug(
+        "attention", {"to_scores.mul_(q.shape[-1] ** -0.5)": "to_scores"}, {"attention": "recompute"}
+    ),
+    "CLS among the patches": FastBug("attention", {"dtype=dtype)[:, :, 0, 1:]": "dtype=dtype)[:, :, 0, :-1]"}),
+    "a tile of queries left out": FastBug(
+        "attention", {"in q.split(QUERY_TILE, dim=2)": "in q.split(8, dim=2)[1:]"}, {"cls_token": False}
+    ),
+    "masked queries, visible residual": FastBug(
+        "autoencoder", {"own = tokens[:, tokens.shape[1] - masked :]": "own = tokens[:, :masked]"}
+    ),
+    "decoder's positions in grid order": FastBug(
+        "autoencoder", {"F.embedding(order, decoder.position[0, first:])": "decoder.position[:, first:]"}
+    ),
+    "local views before the global one, packed": FastBug("xkd", {"torch.cat(pooled)": "torch.cat(pooled[::-1])"}),
+    "targets of other patches": FastBug(
+        "xkd", {"order[m][:, self.keep(m) :], options": "order[m][:, : -self.keep(m)], options"}
+    ),
+    "teacher on the global view": FastBug("xkd", {"teacher_clip = 1 if": "teacher_clip = 0 if"}, {"teacher_view": "local"}),
+    "teachers share as students do": FastBug("xkd", {'else ("mats",)': 'else ("mas", "mats")'}, {"variant": "mas"}),
+    "the own attention's mean in refinement": FastBug("refine", {"own * other.mean(dim=-1": "own * own.mean(dim=-1"}, SOFTMAX),
+    "refinement's energy lost": FastBug("refine", {"energy.sqrt() * weighted": "weighted"}),
+}
+
+
+def fast_model_with(bug: FastBug, monkeypatch: pytest.MonkeyPatch) -> float:
+    """How far the fast model with a bug is from the reference: the largest relative error of loss, logits and gradients.
+
+    Modules are read anew in the order in which they import each other.
+    """
+    for name in FAST_MODULES:
+        path = Path(xkd_fast.reference.__file__).parent / "model" / f"{name}.py"
+        module = edited(path, bug.edits if name == bug.module else {}, f"xkd_fast.model.{name}", monkeypatch)
+        monkeypatch.setattr(sys.modules["xkd_fast.model"], name, module, raising=False)
+    options = tiny_options(**bug.options)
+    batch = random_batch(options, 3, seed=5, dtype=torch.float64)
+    models = []
+    for kind in (xkd_fast.reference.XKD, sys.modules["xkd_fast.model.xkd"].XKD):
+        torch.manual_seed(3)
+        model = kind(options).double()
+        with torch.no_grad():
+            for parameter in model.parameters():  # none is zero or one, as fresh ones are
+                parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64))
+        losses = model(*batch)
+        losses.total.backward()
+        models.append((losses, model))
+    (expected, plain), (got, fast) = models
+    errors = [abs(got.total.item() / expected.total.item() - 1)]
+    for modality, logits in expected.outputs.student_logits.items():
+        errors.append((got.outputs.student_logits[modality] - logits).norm() / logits.norm())
+    for parameter, other in zip(fast.parameters(), plain.parameters(), strict=True):
+        if other.grad is not None:
+            errors.append((parameter.grad - other.grad).norm() / other.grad.norm().clamp_min(1e-12))
+    return max(float(error) for error in errors)
+
+
+@pytest.mark.parametrize("name", FAST_BUGS)
+def test_planted_bug_takes_the_fast_model_from_the_reference(name, monkeypatch):
+    """A comparison of both models too blind to see the bug."""
+    assert fast_model_with(FAST_BUGS[name], monkeypatch) > 1e-4
+
+
+@pytest.mark.parametrize("options", [dict(t) for t in sorted({tuple(bug.options.items()) for bug in FAST_BUGS.values()})])
+def test_the_fast_model_without_a_bug_is_the_reference(options, monkeypatch):
+    """Modules read anew that are themselves wrong, so that everything above is red for no reason."""
+    assert fast_model_with(FastBug("none", {}, options), monkeypatch) < 1e-9
 
 
 # ---------------------------------------------------------------------------------------------------------- around the method

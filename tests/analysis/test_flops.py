@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.tiny import random_batch, tiny_options
-from xkd_fast.analysis.flops import PARTS, flop_counter, step_flops, total
+from xkd_fast.analysis.flops import PARTS, flop_counter, savings, step_flops, total
 from xkd_fast.model.build import build_model
 from xkd_fast.model.components import listening
 from xkd_fast.model.options import AudioOptions, DecoderOptions, EncoderOptions, ModelOptions, VideoOptions
@@ -73,6 +73,16 @@ def test_the_base_models() -> None:
     plain = total(step_flops(ModelOptions(implementation="reference"))).total
     assert (plain + outer_products) / 1e9 == pytest.approx(440.16, abs=0.005)
     assert total(step_flops(ModelOptions())).total < plain
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "eager"])
+def test_savings_are_the_difference(case: str) -> None:
+    """Red if the list of what is saved leaves something out, or counts it twice."""
+    options = tiny_options(**CASES[case])
+    plain, fast = (total(step_flops(replace(options, implementation=name))).total for name in ("reference", "fast"))
+    saved = savings(options)
+    assert sum(saved.values()) == plain - fast
+    assert [amount > 0 for amount in saved.values()] == [True, True, False, False]
 
 
 def test_a_model_of_other_sizes_counts_otherwise() -> None:

@@ -8,7 +8,7 @@ CPU's fused attention, which it leaves out by itself.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -138,6 +138,29 @@ def teacher(options: ModelOptions, tokens: int, numbers: int) -> Flops:
         forward += 2 * queries * length * width  # the last block's probabilities of the patches
         forward += 2 * tokens * width  # the refined mean
     return Flops(forward, 0)
+
+
+def savings(options: ModelOptions) -> dict[str, int]:
+    """Operations per clip that the fast model leaves out, by reason; what it does in addition is negative.
+
+    Together they are the difference between both implementations' steps.
+    """
+    plain, fast = (replace(options, implementation=name) for name in ("reference", "fast"))
+    keeping = replace(fast, attention="eager")
+    width, clips = options.encoder.width, (options.video, options.audio)
+    steps = {name: step_flops(o) for name, o in (("plain", plain), ("fast", fast), ("keeping", keeping))}
+    return {
+        "masked patches are not embedded": sum(
+            linear((clip.tokens - clip.keep), clip.patch_numbers, width, first=True).total for clip in clips
+        ),
+        "the decoders' last block and projection at visible positions": sum(
+            (decoder(plain, clip, EAGER_BACKWARD).total - decoder(fast, clip, EAGER_BACKWARD).total) for clip in clips
+        ),
+        "scores computed again in the backward pass of fused attention": total(steps["keeping"]).total
+        - total(steps["fast"]).total,
+        "the teachers' probabilities and refined means as matrix products": steps["plain"]["teachers"].total
+        - steps["fast"]["teachers"].total,
+    }
 
 
 def total(parts: dict[str, Flops]) -> Flops:
