@@ -108,7 +108,8 @@ def flops_paragraph() -> str:
         lines.append(f"| {part} | " + " | ".join(f"{step[part].total / 1e9:.2f}" for step in steps.values()) + " |")
     lines.append("| all | " + " | ".join(f"{total(step).total / 1e9:.2f}" for step in steps.values()) + " |")
     listed = [f"{reason} {amount / 1e9:+.2f}" for reason, amount in savings(ModelOptions()).items()]
-    return "\n".join([*lines, "", f"Saved (+) and spent (-): {'; '.join(listed)}."])
+    note = "The method's description counts 440.16: refinement's outer products too, which are elementwise here."
+    return "\n".join([*lines, "", f"Saved (+) and spent (-): {'; '.join(listed)}. {note}"])
 
 
 PARAGRAPHS = {"flops": flops_paragraph, "demo": demo_paragraph, "step": step_paragraph}

@@ -78,6 +78,23 @@ def counted(contestant: Contestant, views: Views, masks: MaskNoise) -> dict[str,
     }
 
 
+def peak_bytes(
+    kind: type[Contestant], options: ModelOptions, device: torch.device, dtype: torch.dtype, views: Views, masks: MaskNoise
+) -> int:
+    """GPU memory that one contestant reserves by itself for model, optimiser and three steps; a graph's own pool counts."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    entrant = kind(options, device, dtype)
+    for _ in range(3):
+        entrant.step(views, masks).item()
+    taken = torch.cuda.max_memory_reserved() - before
+    del entrant
+    gc.collect()
+    torch.cuda.empty_cache()
+    return taken
+
+
 def contestants(options: ModelOptions, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> list[Contestant]:
     """All of them, on equal weights."""
     kinds: list[type[Contestant]] = [Fast]
@@ -102,25 +119,23 @@ def test_step(measuring: bool, variant: Variant, precision: str) -> None:
         masks = entrants[0].model.draw_masks(views)
         seconds: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
         losses: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
-        peak: dict[str, int] = {}
         for _ in range(ROUNDS if measuring else 3):
             for entrant in entrants:  # in turns, so that a slow minute of the machine falls on all
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
                 taken, loss = timed(entrant, views, masks)
                 seconds[entrant.name].append(taken)
                 losses[entrant.name].append(loss)
-                if device.type == "cuda":
-                    peak[entrant.name] = torch.cuda.max_memory_allocated()
         first = [losses[name][0] for name in losses]
         assert max(first) - min(first) < (1e-3 if precision == "float32" else 0.1) * first[0], losses
         countable = {"reference", "fast"} | (set() if compiled else {"strong"})
         costs = {entrant.name: counted(entrant, views, masks) for entrant in entrants if entrant.name in countable}
-        rows.append(row(clips, seconds, costs, peak))
-        report(variant, precision, rows[-1])
-        del entrants
+        del entrant, entrants
         torch._dynamo.reset()  # compiled programs hold on to their models
         gc.collect()
+        peak = {}
+        if device.type == "cuda":
+            peak = {kind.name: peak_bytes(kind, options, device, dtype, views, masks) for kind in (Released, Fast, FastGraph)}
+        rows.append(row(clips, seconds, costs, peak))
+        report(variant, precision, rows[-1])
     if measuring:
         result = {"model": f"{variant} base", "precision": precision, "strong_is_compiled": compiled, "rows": rows}
         record.write(f"step_{device.type}_{variant}_{precision}", result)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -208,14 +209,33 @@ def test_an_output_that_cannot_be_written_is_one_clear_error(uninterrupted: tupl
     assert "cannot be written" in printed and "Traceback" not in printed
 
 
-def test_plain_python_trains_in_bfloat16(uninterrupted: tuple[Path, Path, str]) -> None:
-    """Red if the job needs a launcher, or autocast breaks it."""
+@pytest.mark.parametrize(("stage", "precision"), ((0, "float32"), (2, "bfloat16")))
+def test_plain_python_trains_and_resumes(uninterrupted: tuple[Path, Path, str], stage: int, precision: str) -> None:
+    """Red if the job needs a launcher, autocast breaks it, or a stage's checkpoint lacks something that the next step needs."""
     whole, data, _ = uninterrupted
-    output = whole.parent / "single"
-    more = ["train.precision=bfloat16", "train.zero_stage=2", "train.stop_after_steps=3"]
-    run([sys.executable, *command(output, data, *more)[5:]])
-    assert len(rows(output)) == 3
-    assert rows(output)[-1]["total"] == pytest.approx(rows(whole)[2]["total"], rel=0.05)
+    more = [f"train.precision={precision}", f"train.zero_stage={stage}"]
+    straight, halved = (whole.parent / f"{name}-{stage}" for name in ("straight", "halved"))
+    run([sys.executable, *command(straight, data, *more, "train.stop_after_steps=6")[5:]])
+    run([sys.executable, *command(halved, data, *more, "train.stop_after_steps=3")[5:]])
+    run([sys.executable, *command(halved, data, *more, "train.stop_after_steps=6", "--resume", "auto")[5:]])
+    assert rows(straight)[2]["total"] == pytest.approx(rows(whole)[2]["total"], rel=0.05)
+    for name in ("total", "gradient_norm", "video_teacher_entropy"):
+        assert [row[name] for row in rows(halved)] == pytest.approx([row[name] for row in rows(straight)], rel=1e-6), name
+
+
+def test_a_log_that_cannot_be_written_is_told_of_once(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if the other ranks show the traceback of a lost connection, or a missing package is found out after rendering."""
+    whole, data, _ = uninterrupted
+    output = whole.parent / "no-log"
+    (output / "metrics.jsonl").mkdir(parents=True)
+    printed = run(command(output, data), code=2)
+    (error,) = (line for line in printed.splitlines() if line.startswith("error:"))
+    assert f"{output}/metrics.jsonl cannot be written (Is a directory)" in error and "Traceback" not in printed
+    if find_spec("wandb") is None:
+        unused = whole.parent / "unrendered"
+        printed = run(command(whole.parent / "no-wandb", unused, "log.wandb=true"), code=2)
+        (error,) = (line for line in printed.splitlines() if line.startswith("error:"))
+        assert "pip install wandb" in error and "Traceback" not in printed and not unused.exists()
 
 
 def test_torchrun_takes_the_same_steps(uninterrupted: tuple[Path, Path, str]) -> None:

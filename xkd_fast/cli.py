@@ -278,6 +278,9 @@ def profile(arguments: list[str]) -> int:
     from xkd_fast.config import load_config
 
     config = load_config(given.config, given.overrides)
+    for option, path in (("--trace", given.trace), ("--json", given.json)):
+        if path is not None and not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
+            raise UserError(f"{option} {path} cannot be written: {path.absolute().parent} is no folder that one may write to")
     console = Console()
     clips = config.train.clips_per_pass(1) if given.clips is None else given.clips
     result = profile_step(config, clips=clips, steps=given.steps, trace=given.trace, nvtx=given.nvtx, say=console.log)

@@ -163,7 +163,7 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
                 if stop.agreed:
                     reporter.say(f"asked to stop: this ends after step {state.step}; --resume auto goes on from there")
             if checkpoints.due(state.step) or state.step == last_step or stop.agreed:
-                reporter.check_finite()
+                reporter.check_savable(state.step)
                 reporter.say(f"checkpoint {checkpoints.save(engine, state, config)}")
 
 
@@ -192,11 +192,17 @@ def training_shards(config: Config) -> list[Path]:
 
 
 def make_ready(config: Config) -> None:
-    """The first rank's part before all others start: the demo's data, rendered where it is missing."""
+    """The first rank's part before all others start: what is asked of this machine, and the demo's data where it is missing."""
     from rich.console import Console
 
     from xkd_fast.data.rendered import ensure_rendered
+    from xkd_fast.engine.metrics import require_wandb
+    from xkd_fast.model.attention import choose
 
+    if config.log.wandb:
+        require_wandb()
+    if config.model.implementation == "fast":
+        choose(config.model.attention)
     if not config.data.train:
         ensure_rendered(config, Console(), workers=os.cpu_count() or 1)
 

@@ -204,6 +204,8 @@ def profile(
     for name, value in (("--clips", clips), ("--steps", steps)):
         if value < 1:
             raise UserError(f"{name} {value} must be 1 or more")
+    if config.model.cuda_graph:
+        raise UserError("model.cuda_graph = true hides the parts of the step that a profile tells apart; set it to false")
     wanted = config.train.device
     device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
     if wanted == "cuda" and device.type == "cpu":

@@ -88,6 +88,8 @@ def _writing() -> Iterator[None]:
     """Turn the errors of writing files into :class:`CannotWrite`; to be left before a rank waits for another."""
     try:
         yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # of the device, not of the disk
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer tells of a full disk as a RuntimeError
         raise CannotWrite(" ".join(str(error).split())[:200]) from error
 
@@ -162,6 +164,8 @@ class Checkpoints:
             every_rank(lambda: self._write(engine, state, config, partial))
             first_rank_first(lambda: self._publish(partial, final))
         except CannotWrite as error:
+            if not error.is_told:
+                self.recover()
             whole = self.found()
             standing = f"{whole[-1]} stands, --resume auto goes on from there" if whole else "no checkpoint was written before"
             told = UserError(
@@ -247,13 +251,20 @@ class Checkpoints:
         state.check_same(current, path)
         check_same_options(options, config, path)
         random_file = path / f"random-{dist.get_rank():05d}.pt"
+        own: dict[str, Any] = {}
+
+        def read() -> None:
+            with _damage_named(path):
+                own.update(model=read_safetensors(path / "model.safetensors"))
+                own.update(random=torch.load(random_file, weights_only=True))
+
+        every_rank(read)
         with _damage_named(path):
-            saved = read_safetensors(path / "model.safetensors")
             loaded, _ = engine.deepspeed.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=False)
             if loaded is None:
                 raise FileNotFoundError("no DeepSpeed state in it")
-            engine.module.load_state_dict(saved)
-            restore_random_states(torch.load(random_file, weights_only=True))
+            engine.module.load_state_dict(own["model"])
+            restore_random_states(own["random"])
         return state
 
 

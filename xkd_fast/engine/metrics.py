@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,17 +139,38 @@ class Speedometer:
         return rates
 
 
-class MetricLog:
-    """Rows of metrics in ``metrics.jsonl``, TensorBoard and, if asked for, Weights & Biases; written by rank 0 alone."""
+@contextmanager
+def telling_of(directory: Path) -> Iterator[None]:
+    """Turn what goes wrong in writing a run's records into one sentence about its folder."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or directory
+        raise UserError(
+            f"{place} cannot be written ({error.strerror or error}); make room or mend that, then go on with --resume auto"
+        ) from error
 
-    def __init__(self, directory: Path, config: Config, resumed_at: int) -> None:
-        """``resumed_at``: rows of later steps, left by an interrupted run, are dropped."""
+
+class MetricLog:
+    """Rows of metrics in ``metrics.jsonl``, TensorBoard and, if asked for, Weights & Biases; for rank 0 alone."""
+
+    def __init__(self) -> None:
         self._file: Any = None
         self._board: Any = None
         self._wandb: Any = None
-        if dist.get_rank() != 0:
-            return
+
+    def open(self, directory: Path, config: Config, resumed_at: int) -> None:
+        """Open what ``config.log`` asks for; rows after step ``resumed_at``, left by an interrupted run, are dropped.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with telling_of(directory):
+            self._open(directory, config, resumed_at)
+
+    def _open(self, directory: Path, config: Config, resumed_at: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
         if config.log.jsonl:
             path = directory / "metrics.jsonl"
             keep_rows(path, resumed_at)
@@ -159,22 +183,28 @@ class MetricLog:
             self._wandb = start_wandb(directory, config)
 
     def write(self, row: dict[str, float]) -> None:
-        """Write one row; ``row["step"]`` is its step."""
+        """Write one row; ``row["step"]`` is its step.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         step = int(row["step"])
-        if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-        if self._board is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, step)
+        with telling_of(self._directory):
+            if self._file is not None:
+                self._file.write(json.dumps(row) + "\n")
+                self._file.flush()
+            if self._board is not None:
+                for name, value in row.items():
+                    if name != "step":
+                        self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(row, step=step)
 
     def close(self) -> None:
         """Flush and close every sink."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what could not be written has been told
+                self._file.close()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -196,12 +226,16 @@ def keep_rows(path: Path, last_step: int) -> None:
     write_aside(path, "".join(line + "\n" for line in rows).encode())
 
 
+def require_wandb() -> None:
+    """Raise ``UserError`` where Weights & Biases is not installed."""
+    if find_spec("wandb") is None:
+        raise UserError("log.wandb = true needs the package wandb; install it with: pip install wandb")
+
+
 def start_wandb(directory: Path, config: Config) -> Any:
-    """A Weights & Biases run; raises ``UserError`` where the package is missing."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("log.wandb = true needs the package wandb; install it with: pip install wandb") from error
+    """A Weights & Biases run."""
+    import wandb
+
     return wandb.init(dir=str(directory), config=config.as_dict(), resume="allow")
 
 

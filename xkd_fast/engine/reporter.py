@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from xkd_fast.engine.checkpoint import Checkpoints
 from xkd_fast.engine.engine import Engine
-from xkd_fast.engine.metrics import MetricLog, Speedometer, StepMetrics, memory_metrics, moment_metrics
+from xkd_fast.engine.launch import every_rank, first_rank_first
+from xkd_fast.engine.metrics import MetricLog, Speedometer, StepMetrics, memory_metrics, moment_metrics, telling_of
 from xkd_fast.engine.progress import TrainProgress
 from xkd_fast.engine.schedule import Moment, Schedule
 from xkd_fast.errors import UserError
@@ -37,7 +38,8 @@ class Reporter:
         self._engine, self._metrics = engine, StepMetrics(engine)
         self._speed = Speedometer(config.train.global_batch)
         self._folder, self._damaged = Path(config.output), 0
-        self._log = MetricLog(self._folder, config, resumed_at=step)
+        self._log = MetricLog()
+        first_rank_first(lambda: self._log.open(self._folder, config, resumed_at=step))
         enabled = config.log.progress and dist.get_rank() == 0
         self._progress = TrainProgress(schedule.total_steps, step, enabled=enabled)
 
@@ -83,16 +85,21 @@ class Reporter:
             row = {"step": step, "epoch": step / self._steps_per_epoch, **self._metrics.report(), **self._speed.read()}
             row |= moment_metrics(moment) | memory_metrics(self._engine.device)
             row["damaged_samples"] = self._list_damaged(damage())
-            self._log.write(row)
+            first_rank_first(lambda: self._log.write(row))
             self._progress.show(row)
         self._metrics.end_step()
         return is_due
 
     def _list_damaged(self, new: list[DamagedSample]) -> int:
         """Append to this rank's list of damaged samples; returns how many all ranks have met so far."""
-        if new:
-            with (self._folder / f"damaged-{dist.get_rank():05d}.jsonl").open("a", encoding="utf-8") as file:
+
+        def append() -> None:
+            path = self._folder / f"damaged-{dist.get_rank():05d}.jsonl"
+            with telling_of(path), path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(sample)) + "\n" for sample in new)
+
+        every_rank(append if new else lambda: None)
+        if new:
             self.say(f"{len(new)} damaged samples replaced, such as {new[0].reason}; listed in {self._folder}/damaged-*.jsonl")
         self._damaged += len(new)
         total = torch.tensor(self._damaged, device=self._engine.device)
@@ -104,7 +111,18 @@ class Reporter:
         bad = self._metrics.first_non_finite()
         if bad is None:
             return
-        names, step = bad
+        self._stop(*bad)
+
+    def check_savable(self, step: int) -> None:
+        """:meth:`check_finite`, and the same of the weights after ``step`` steps: every number that a checkpoint would hold."""
+        self.check_finite()
+        norms = torch.stack(torch._foreach_norm(list(self._engine.module.parameters())))
+        spoiled = (~norms.isfinite()).any().int()
+        dist.all_reduce(spoiled, op=dist.ReduceOp.MAX)
+        if spoiled.item():
+            self._stop(["weights"], step)
+
+    def _stop(self, names: list[str], step: int) -> None:
         found = Checkpoints.from_config(self._config).found()
         standing = f"{found[-1]} is of a step before" if found else "no checkpoint was written before"
         float32 = "" if self._config.train.precision == "float32" else ", or with train.precision=float32"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from xkd_fast.data.views import MaskNoise, Views
+from xkd_fast.errors import UserError
 from xkd_fast.objective.losses import Losses, Outputs
 
 WARM_UP = 3  # passes before recording: lazy initialisation, autotuning and compilation may not be recorded
@@ -47,6 +48,9 @@ class RecordedPass:
         masks: its mask noise.
         prepare: brings up to date what the recording only reads, such as casts of weights; called before every pass.
         record: makes a repeatable pass out of one that writes into fixed places (:func:`record`).
+
+    Raises:
+        UserError: the pass cannot be recorded.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class RecordedPass:
         self._losses: Losses | None = None
         self._gradients: list[Tensor | None] = []
         device = views.video_global.device
+        self._signature = signature(views, masks)
         static_views, static_masks = with_tensors(views, masks, self._inputs)
         half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
@@ -76,7 +81,15 @@ class RecordedPass:
             self._losses, self._gradients = detached(losses), list(gradients)
 
         prepare()
-        self._replay = record(run, device)
+        try:
+            self._replay = record(run, device)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"model.cuda_graph = true cannot be recorded here ({reason}); set it to false") from error
+
+    def fits(self, views: Views, masks: MaskNoise) -> bool:
+        """Whether a batch can pass: of the recorded shapes and types, under the recorded autocast."""
+        return signature(views, masks) == self._signature
 
     def __call__(self, views: Views, masks: MaskNoise) -> Losses:
         """Losses of a batch; ``total`` can be differentiated, by the parameters alone, until the next call."""
@@ -85,27 +98,29 @@ class RecordedPass:
         self._replay()
         assert self._losses is not None
         losses = cloned(self._losses)
-        return replace(losses, total=_Replayed.apply(self._gradients, losses.total, *self.parameters))
+        reached = [(p, g) for p, g in zip(self.parameters, self._gradients, strict=True) if g is not None]
+        gradients = [gradient for _, gradient in reached]
+        return replace(losses, total=_Replayed.apply(gradients, losses.total, *(parameter for parameter, _ in reached)))
 
 
 class _Replayed(torch.autograd.Function):
     """A loss whose gradients are known."""
 
     @staticmethod
-    def forward(ctx: Any, gradients: list[Tensor | None], total: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, gradients: list[Tensor], total: Tensor, *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
         return total.view_as(total)
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:  # type: ignore[override]
-        present = [gradient for gradient in ctx.gradients if gradient is not None]
-        scaled = iter(torch._foreach_mul(present, scale))  # new tensors: the recorded ones are overwritten by the next pass
-        return None, None, *(None if gradient is None else next(scaled) for gradient in ctx.gradients)
+        return None, None, *torch._foreach_mul(ctx.gradients, scale)  # new tensors: the next pass overwrites the recorded ones
 
 
 def signature(views: Views, masks: MaskNoise) -> tuple[object, ...]:
-    """What batches of one recording have in common: shapes, types and device of every tensor."""
-    return tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in tensors_of(views, masks))
+    """What batches of one recording have in common: autocast's type, and shape, type and device of every tensor."""
+    kind = views.video_global.device.type
+    half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return half, *((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in tensors_of(views, masks))
 
 
 def tensors_of(views: Views, masks: MaskNoise) -> list[Tensor]:

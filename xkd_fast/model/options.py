@@ -326,6 +326,10 @@ class ModelOptions:
                 self.implementation == "fast" or not getattr(self, name),
                 f"model.{name} = true needs model.implementation = fast; the reference is plain",
             )
+        require(
+            not (self.cuda_graph and self.objective.mmd_scope == "global"),
+            "model.cuda_graph = true needs model.objective.mmd_scope = rank: gathering rows from other ranks is not recorded",
+        )
         for name, width in (("encoder", self.encoder.width), ("decoder", self.decoder.width)):
             require(
                 int(width * self.mlp_ratio) >= 1,

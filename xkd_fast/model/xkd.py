@@ -15,7 +15,7 @@ from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.model.attention import choose
 from xkd_fast.model.autoencoder import decode_masked
 from xkd_fast.model.components import component
-from xkd_fast.model.graphs import RecordedPass, Recorder, record, signature
+from xkd_fast.model.graphs import RecordedPass, Recorder, record
 from xkd_fast.model.half import HalfCopy
 from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
 from xkd_fast.model.packing import Group, pack, unpack
@@ -36,26 +36,27 @@ class XKD(reference.XKD):
         self.attention = choose(options.attention)
         self.runner = BlockRunner(self.attention, compiled=options.compile, checkpointed=options.checkpointing)
         self._half: HalfCopy | None = None
-        self._recorded: dict[tuple[object, ...], RecordedPass] = {}
+        self._recorded: RecordedPass | None = None
 
     def forward(self, views: Views, masks: MaskNoise | None = None) -> Losses:
         """Losses of one batch. ``masks`` fixes the mask noise, for replay and for exact resume."""
         masks = masks or self.draw_masks(views)
         if self.options.cuda_graph and views.video_global.device.type == "cuda" and torch.is_grad_enabled():
-            return self.recorded(views, masks)(views, masks)
+            return self.recorded_losses(views, masks)
         return self.losses(views, masks)
 
-    def recorded(self, views: Views, masks: MaskNoise, record: Recorder = record) -> RecordedPass:
-        """The recording for batches of these shapes, made when they are first met."""
+    def recorded_losses(self, views: Views, masks: MaskNoise, record: Recorder = record) -> Losses:
+        """Losses of one batch by the recording of the first one, as long as shapes and autocast stay the same.
+
+        Other batches are computed here and now: a second recording would meet gradients of the first on another stream.
+        """
         device = views.video_global.device
-        half = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        key = (half, *signature(views, masks))
-        if key not in self._recorded:
+        if self._recorded is None:
             parameters: list[Tensor] = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            self._recorded[key] = RecordedPass(
+            self._recorded = RecordedPass(
                 self.losses, parameters, views, masks, prepare=lambda: self.teachers_for(device), record=record
             )
-        return self._recorded[key]
+        return self._recorded(views, masks) if self._recorded.fits(views, masks) else self.losses(views, masks)
 
     def losses(self, views: Views, masks: MaskNoise) -> Losses:
         """Losses of one batch, computed here and now."""
