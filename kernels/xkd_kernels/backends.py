@@ -1,0 +1,90 @@
+"""Which code computes an operator: the one place that decides, and that keeps and tells its reason.
+
+``torch``  PyTorch's own operators; runs anywhere, in every type.
+``triton`` this package's kernels; on a GPU, and on a CPU under ``TRITON_INTERPRET=1`` (for tests: it is slow).
+``auto``   the faster of both on this device at this shape, as the benchmark found it (``measured.json``); ``torch`` where it
+           has not been measured.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+BACKENDS = ("auto", "triton", "torch")
+TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+MEASURED = Path(__file__).with_name("measured.json")
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for and cannot run; says why, and what can."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend and why it was chosen."""
+
+    backend: str
+    reason: str
+
+
+@cache
+def measured() -> dict[str, Any]:
+    """The fastest backend by device name, operator, type and shape class."""
+    return json.loads(MEASURED.read_text(encoding="utf-8"))
+
+
+def shape_class(size: int) -> str:
+    """The class that a size is measured in: the next power of two."""
+    return str(triton.next_power_of_2(size))
+
+
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels cannot run on ``dtype`` tensors of ``device``; None if they can."""
+    if dtype not in TRITON_TYPES:
+        return f"its kernels compute in float32, bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
+    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        return "on a CPU its kernels run only interpreted: set TRITON_INTERPRET=1 before Python starts"
+    if device.type not in ("cpu", "cuda"):
+        return f"its kernels are written for CUDA devices, not for {device.type}"
+    return None
+
+
+@cache
+def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: str, asked: str = "auto") -> Choice:
+    """The backend of ``operator`` for tensors of ``dtype`` on ``device``; the same answer for the same question.
+
+    Args:
+        operator: its name, such as "packed_attention".
+        device: where its inputs are.
+        dtype: their type.
+        shape: their shape class, as the benchmark writes it into ``measured.json``.
+        asked: "auto", or the backend to take.
+
+    Raises:
+        BackendError: ``asked`` is unknown or cannot run here.
+    """
+    if asked not in BACKENDS:
+        raise BackendError(f"backend {asked} of {operator} is not one of {', '.join(BACKENDS)}")
+    if asked == "torch":
+        return Choice("torch", "asked for")
+    reason = obstacle(device, dtype)
+    if asked == "triton":
+        if reason:
+            raise BackendError(f"backend triton of {operator} cannot run here: {reason}; torch can")
+        return Choice("triton", "asked for")
+    if device.type == "cpu":
+        return Choice("torch", "it is the only one that is fast on a CPU")
+    if reason:
+        return Choice("torch", reason)
+    name, kind = torch.cuda.get_device_name(device), str(dtype).removeprefix("torch.")
+    fastest = measured().get(name, {}).get(operator, {}).get(kind, {}).get(shape)
+    if fastest is None:
+        return Choice("torch", f"{operator} in {kind} at shape class {shape} has not been measured on {name}")
+    return Choice(fastest, f"measured to be the fastest on {name} in {kind} at shape class {shape}")

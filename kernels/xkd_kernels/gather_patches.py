@@ -1,0 +1,284 @@
+"""Some patches of raw clips, copied, normalised and flattened in one pass; the other patches are never touched.
+
+    patches[b, n] = (clip[b, :, patch ids[b, n]] / 255 − mean) / std     numbers in (time, height, width, channel) order
+
+A video may be 8-bit or floating, channels first or last. Of 8-bit pixels a patch's row of 16 takes 48 bytes in two sectors of
+32 where channels are last, and 3 × 16 bytes in three where they are first: a third less traffic, counted by
+``xkd_fast.analysis.roofline``. A spectrogram is a clip with one channel and one frame.
+
+Legend: B clips, C channels, n patches of each, P numbers of a patch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xkd_kernels.backends import choose
+from xkd_kernels.configurations import launch_of
+
+CHANNELS = 4  # at most, where a mean and a deviation are given
+
+
+def naive_gather_patches(
+    clip: Tensor,
+    ids: Tensor,
+    patch: Sequence[int],
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The definition: all patches, then those asked for; computed in float32, or wider where the clip is."""
+    wide = clip if clip.dtype == torch.float64 else clip.float()
+    if clip.dtype == torch.uint8:
+        wide = wide / 255
+    batch, channels, *sizes = clip.shape
+    if len(mean):
+        shape = (1, channels, *(1 for _ in sizes))
+        wide = (wide - wide.new_tensor(mean).view(shape)) / wide.new_tensor(std).view(shape)
+    axes = len(sizes)
+    split = [part for size, extent in zip(sizes, patch, strict=True) for part in (size // extent, extent)]
+    order = (0, *range(2, 2 + 2 * axes, 2), *range(3, 3 + 2 * axes, 2), 1)
+    patches = wide.reshape(batch, channels, *split).permute(order).reshape(batch, math.prod(split[0::2]), -1)
+    return patches.gather(1, ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1])).to(dtype)
+
+
+def gather_patches(
+    clip: Tensor,
+    ids: Tensor,
+    patch: Sequence[int],
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> Tensor:
+    """Patches of clips, normalised and flattened.
+
+    Args:
+        clip: [B, C, T, H, W] video or [B, C, F, T] spectrogram, of any strides; 8-bit values are divided by 255.
+        ids: [B, n] numbers of the patches to take, in grid order (time, height, width; or mel, time), 0 ≤ id < N.
+        patch: its extent along each axis of the grid.
+        mean, std: per channel, of values after the division; empty = values as they are.
+        dtype: of the result.
+        backend: see :mod:`xkd_kernels.backends`.
+
+    Returns:
+        [B, n, P] in ``dtype``, numbers in (time, height, width, channel) or (mel, time, channel) order.
+
+    Raises:
+        ValueError: a patch that does not divide the clip, or mean and deviation that do not fit the channels.
+        BackendError: a backend that cannot run here.
+    """
+    sizes, channels = clip.shape[2:], clip.shape[1]
+    if len(patch) != len(sizes) or len(sizes) not in (2, 3) or any(size % extent for size, extent in zip(sizes, patch)):
+        raise ValueError(f"patch = {list(patch)} does not divide the clip's {list(sizes)}; each axis must be a multiple of it")
+    if len(mean) not in (0, channels) or len(std) != len(mean) or len(mean) > CHANNELS:
+        raise ValueError(
+            f"mean = {list(mean)} and std = {list(std)} of a clip with {channels} channels: none, or one for each "
+            f"of up to {CHANNELS} channels"
+        )
+    shape = str(channels * math.prod(patch))
+    kind = clip.dtype if clip.dtype.is_floating_point else dtype
+    if choose("gather_patches", clip.device, kind, shape, backend).backend == "torch":
+        return _by_indexing(clip, ids, patch, mean, std, dtype)
+    return gather_patches_forward(clip, ids, list(patch), list(mean), list(std), dtype)
+
+
+def _by_indexing(
+    clip: Tensor, ids: Tensor, patch: Sequence[int], mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    axes = len(patch)
+    grid = [size // extent for size, extent in zip(clip.shape[2:], patch, strict=True)]
+    split = [part for pair in zip(grid, patch, strict=True) for part in pair]
+    cells = clip.reshape(*clip.shape[:2], *split).permute(0, *range(2, 2 + 2 * axes, 2), *range(3, 3 + 2 * axes, 2), 1)
+    coordinates, rest = [], ids
+    for length in reversed(grid):
+        coordinates.append(rest % length)
+        rest = rest.div(length, rounding_mode="floor")
+    clips = torch.arange(len(clip), device=clip.device).unsqueeze(1)
+    found = cells[(clips, *reversed(coordinates))]
+    if clip.dtype == torch.uint8:
+        found = found / 255
+    if len(mean):  # filled in place: a copy from the host would wait for the device
+        average, deviation = (torch.cat([found.new_full((1,), x) for x in values]) for values in (mean, std))
+        found = (found - average) / deviation
+    return found.flatten(2).to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------------ operators
+
+
+@torch.library.custom_op("xkd_kernels::gather_patches", mutates_args=())
+def gather_patches_forward(
+    clip: Tensor, ids: Tensor, patch: list[int], mean: list[float], std: list[float], dtype: torch.dtype
+) -> Tensor:
+    """Normalised patches [B, n, P]."""
+    patches = _empty_patches(clip, ids, patch, dtype)
+    constants, arguments = _geometry(clip, patch)
+    scale, shift = _affine(clip, mean, std)
+    launch = launch_of("gather_patches_forward", patches, str(patches.shape[-1]))
+    ids = ids.contiguous()
+    _gather_patches_forward_kernel[(ids.numel(),)](
+        clip, ids, patches, ids.shape[1], *arguments, *scale, *shift, **constants, **launch.options
+    )
+    return patches
+
+
+@gather_patches_forward.register_fake
+def _(clip: Tensor, ids: Tensor, patch: list[int], mean: list[float], std: list[float], dtype: torch.dtype) -> Tensor:
+    return _empty_patches(clip, ids, patch, dtype)
+
+
+@torch.library.custom_op("xkd_kernels::gather_patches_backward", mutates_args=())
+def gather_patches_backward(gradient: Tensor, ids: Tensor, clip: Tensor, patch: list[int], std: list[float]) -> Tensor:
+    """The gradient of a floating clip, in its type; patches taken twice add up."""
+    to_clip = torch.zeros(clip.shape, dtype=torch.float32, device=clip.device)
+    constants, arguments = _geometry(to_clip, patch)
+    scale, _ = _affine(clip, [0.0] * len(std), std)
+    launch = launch_of("gather_patches_backward", gradient, str(gradient.shape[-1]))
+    ids = ids.contiguous()
+    _gather_patches_backward_kernel[(ids.numel(),)](
+        gradient.contiguous(), ids, to_clip, ids.shape[1], *arguments, *scale, **constants, **launch.options
+    )
+    return to_clip.to(clip.dtype)
+
+
+@gather_patches_backward.register_fake
+def _(gradient: Tensor, ids: Tensor, clip: Tensor, patch: list[int], std: list[float]) -> Tensor:
+    return torch.empty(clip.shape, dtype=clip.dtype, device=clip.device)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    clip, ids, ctx.patch, _, ctx.std, _ = inputs
+    ctx.save_for_backward(clip, ids)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    clip, ids = ctx.saved_tensors
+    return gather_patches_backward(gradient, ids, clip, ctx.patch, ctx.std), None, None, None, None, None
+
+
+gather_patches_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _empty_patches(clip: Tensor, ids: Tensor, patch: list[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(*ids.shape, clip.shape[1] * math.prod(patch), dtype=dtype, device=clip.device)
+
+
+def _geometry(clip: Tensor, patch: list[int]) -> tuple[dict[str, int], list[int]]:
+    """Compile-time extents of patch and grid (always three axes), and the clip's strides."""
+    flat = 3 - len(patch)
+    sizes, strides = [1] * flat + list(clip.shape[2:]), [0] * flat + list(clip.stride()[2:])
+    extents = [1] * flat + list(patch)
+    _, rows, columns = (size // extent for size, extent in zip(sizes, extents, strict=True))
+    names = ("DEPTH", "HEIGHT", "WIDTH")
+    constants = dict(zip(names, extents, strict=True)) | {"GRID_ROWS": rows, "GRID_COLUMNS": columns}
+    return constants | {"CHANNELS": clip.shape[1]}, [*clip.stride()[:2], *strides]
+
+
+def _affine(clip: Tensor, mean: list[float], std: list[float]) -> tuple[list[float], list[float]]:
+    """What a channel's raw values are multiplied by and added to, for :data:`CHANNELS` channels."""
+    unit = 255.0 if clip.dtype == torch.uint8 else 1.0
+    scale = [1 / (unit * deviation) for deviation in std] or [1 / unit] * CHANNELS
+    shift = [-average / deviation for average, deviation in zip(mean, std, strict=True)] or [0.0] * CHANNELS
+    missing = CHANNELS - len(scale)
+    return scale + [1.0] * missing, shift + [0.0] * missing
+
+
+# -------------------------------------------------------------------------------------------------------------------- kernels
+#
+# A program is one patch. Consecutive numbers are consecutive channels, then pixels of a row.
+
+
+@triton.jit
+def _place(patch, numbers, stride_channel, stride_t, stride_h, stride_w,
+           DEPTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GRID_ROWS: tl.constexpr,
+           GRID_COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+    """Where the ``numbers`` of a patch lie in its clip."""
+    pixel = numbers // CHANNELS
+    w = (patch % GRID_COLUMNS) * WIDTH + pixel % WIDTH
+    h = (patch // GRID_COLUMNS % GRID_ROWS) * HEIGHT + pixel // WIDTH % HEIGHT
+    t = (patch // (GRID_COLUMNS * GRID_ROWS)) * DEPTH + pixel // (WIDTH * HEIGHT)
+    return (numbers % CHANNELS) * stride_channel + t * stride_t + h * stride_h + w * stride_w
+
+
+@triton.jit
+def _by_channel(numbers, first, second, third, fourth, CHANNELS: tl.constexpr):
+    """Each number's own of four values, by its channel; the first beyond four channels, where all are the same."""
+    channel = numbers % CHANNELS
+    values = tl.where(channel == 1, second, first)
+    values = tl.where(channel == 2, third, values)
+    return tl.where(channel == 3, fourth, values)
+
+
+@triton.jit
+def _gather_patches_forward_kernel(
+    clip, ids, patches, count, stride_clip, stride_channel, stride_t, stride_h, stride_w,
+    scale_0, scale_1, scale_2, scale_3, shift_0, shift_1, shift_2, shift_3,
+    DEPTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GRID_ROWS: tl.constexpr,
+    GRID_COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    patch = tl.load(ids + place).to(tl.int64)
+    clip += place // count * stride_clip
+    NUMBERS: tl.constexpr = DEPTH * HEIGHT * WIDTH * CHANNELS
+    for first in range(0, NUMBERS, BLOCK):
+        numbers = first + tl.arange(0, BLOCK)
+        where = _place(
+            patch,
+            numbers,
+            stride_channel,
+            stride_t,
+            stride_h,
+            stride_w,
+            DEPTH,
+            HEIGHT,
+            WIDTH,
+            GRID_ROWS,
+            GRID_COLUMNS,
+            CHANNELS,
+        )
+        values = tl.load(clip + where, mask=numbers < NUMBERS, other=0).to(tl.float32)
+        values *= _by_channel(numbers, scale_0, scale_1, scale_2, scale_3, CHANNELS)
+        values += _by_channel(numbers, shift_0, shift_1, shift_2, shift_3, CHANNELS)
+        tl.store(patches + place * NUMBERS + numbers, values.to(patches.dtype.element_ty), mask=numbers < NUMBERS)
+
+
+@triton.jit
+def _gather_patches_backward_kernel(
+    gradient, ids, to_clip, count, stride_clip, stride_channel, stride_t, stride_h, stride_w,
+    scale_0, scale_1, scale_2, scale_3,
+    DEPTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GRID_ROWS: tl.constexpr,
+    GRID_COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    patch = tl.load(ids + place).to(tl.int64)
+    to_clip += place // count * stride_clip
+    NUMBERS: tl.constexpr = DEPTH * HEIGHT * WIDTH * CHANNELS
+    for first in range(0, NUMBERS, BLOCK):
+        numbers = first + tl.arange(0, BLOCK)
+        where = _place(
+            patch,
+            numbers,
+            stride_channel,
+            stride_t,
+            stride_h,
+            stride_w,
+            DEPTH,
+            HEIGHT,
+            WIDTH,
+            GRID_ROWS,
+            GRID_COLUMNS,
+            CHANNELS,
+        )
+        values = tl.load(gradient + place * NUMBERS + numbers, mask=numbers < NUMBERS, other=0.0).to(tl.float32)
+        values *= _by_channel(numbers, scale_0, scale_1, scale_2, scale_3, CHANNELS)
+        tl.atomic_add(to_clip + where, values, mask=numbers < NUMBERS)
