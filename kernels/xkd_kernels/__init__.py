@@ -1,6 +1,6 @@
 """Fused operators for transformers on packed tokens and patches, usable without the trainer: needs torch and Triton alone."""
 
-from xkd_kernels.backends import BACKENDS, BackendError, Choice, choose
+from xkd_kernels.backends import BACKENDS, BackendError, Choice, choose, obstacle
 from xkd_kernels.bias_gelu import bias_gelu, naive_bias_gelu
 from xkd_kernels.cls_attention import cls_attention, naive_cls_attention
 from xkd_kernels.gather_patches import gather_patches, naive_gather_patches
@@ -21,6 +21,7 @@ __all__ = [
     "naive_gather_patches",
     "naive_packed_attention",
     "naive_residual_layer_norm",
+    "obstacle",
     "packed_attention",
     "residual_layer_norm",
 ]

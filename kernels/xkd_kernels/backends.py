@@ -88,3 +88,12 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: str, 
     if fastest is None:
         return Choice("torch", f"{operator} in {kind} at shape class {shape} has not been measured on {name}")
     return Choice(fastest, f"measured to be the fastest on {name} in {kind} at shape class {shape}")
+
+
+def backend_of(operator: str, device: torch.device, dtype: torch.dtype, shape: str, asked: str) -> str:
+    """The name that :func:`choose` finds; a constant to the compiler."""
+    return choose(operator, device, dtype, shape, asked).backend
+
+
+# What torch.compiler.assume_constant_result sets, which imports the whole compiler.
+backend_of._dynamo_marked_constant = True  # type: ignore[attr-defined]

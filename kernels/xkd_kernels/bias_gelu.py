@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xkd_kernels.backends import choose
+from xkd_kernels.backends import backend_of
 from xkd_kernels.configurations import launch_of
 from xkd_kernels.residual_layer_norm import programs_at_once
 
@@ -45,7 +45,7 @@ def bias_gelu(h: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if bias.shape != h.shape[-1:]:
         raise ValueError(f"h and bias have the shapes {list(h.shape)} and {list(bias.shape)}, but [..., H] and [H] are wanted")
-    if choose("bias_gelu", h.device, h.dtype, str(h.shape[-1]), backend).backend == "torch":
+    if backend_of("bias_gelu", h.device, h.dtype, str(h.shape[-1]), backend) == "torch":
         return F.gelu(h + bias.to(h.dtype))
     return bias_gelu_forward(h, bias)
 

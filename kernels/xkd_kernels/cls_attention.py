@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xkd_kernels.backends import choose, shape_class
+from xkd_kernels.backends import backend_of, shape_class
 from xkd_kernels.configurations import launch_of
 from xkd_kernels.packed_attention import LOG2_E, in_place, load_rows, store_rows
 from xkd_kernels.segments import Runs, segment_tables, split_runs
@@ -51,7 +51,7 @@ def cls_attention(qkv: Tensor, segments: Runs, *, backend: str = "auto") -> Tens
         raise ValueError(f"qkv has the shape {list(qkv.shape)}, but [tokens, 3, heads, head width] is wanted")
     counts, lengths = split_runs(segments, qkv.shape[0])
     shape = f"{shape_class(max(lengths))}x{qkv.shape[-1]}"
-    if choose("cls_attention", qkv.device, qkv.dtype, shape, backend).backend == "torch":
+    if backend_of("cls_attention", qkv.device, qkv.dtype, shape, backend) == "torch":
         return naive_cls_attention(qkv, segments)
     return cls_attention_forward(qkv, counts, lengths)
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xkd_kernels.backends import choose
+from xkd_kernels.backends import backend_of
 from xkd_kernels.configurations import launch_of
 
 CHANNELS = 4  # at most, where a mean and a deviation are given
@@ -87,7 +87,7 @@ def gather_patches(
         )
     shape = str(channels * math.prod(patch))
     kind = clip.dtype if clip.dtype.is_floating_point else dtype
-    if choose("gather_patches", clip.device, kind, shape, backend).backend == "torch":
+    if backend_of("gather_patches", clip.device, kind, shape, backend) == "torch":
         return _by_indexing(clip, ids, patch, mean, std, dtype)
     return gather_patches_forward(clip, ids, list(patch), list(mean), list(std), dtype)
 

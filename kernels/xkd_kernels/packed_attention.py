@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xkd_kernels.backends import choose, shape_class
+from xkd_kernels.backends import backend_of, shape_class
 from xkd_kernels.configurations import launch_of
 from xkd_kernels.segments import Runs, SegmentTable, segment_tables, split_runs
 
@@ -63,7 +63,7 @@ def packed_attention(qkv: Tensor, segments: Runs, *, backend: str = "auto") -> T
         raise ValueError(f"qkv has the shape {list(qkv.shape)}, but [tokens, 3, heads, head width] is wanted")
     counts, lengths = split_runs(segments, qkv.shape[0])
     shape = f"{shape_class(max(lengths))}x{qkv.shape[-1]}"
-    if choose("packed_attention", qkv.device, qkv.dtype, shape, backend).backend == "torch":
+    if backend_of("packed_attention", qkv.device, qkv.dtype, shape, backend) == "torch":
         return _by_sdpa(qkv, segments)
     return packed_attention_forward(qkv, counts, lengths)[0]
 
@@ -100,7 +100,7 @@ def packed_attention_forward(qkv: Tensor, counts: list[int], lengths: list[int])
         tiles = triton.cdiv(table.longest, launch.meta["Q_BLOCK"])
         _packed_attention_forward_kernel[(len(table.places) * tiles, heads)](
             qkv, out, log_sums, table.places, width**-0.5 * LOG2_E, rows, tiles, *qkv.stride()[:3],
-            **width_constants(qkv), STREAMED=table.longest > longest_whole(qkv), **launch.options,
+            **width_constants(qkv), KEEPS_SUMS=log_sums.numel() > 0, **launch.options,
         )  # fmt: skip
     return out, log_sums
 
@@ -210,7 +210,7 @@ def product(a, b, PRECISION: tl.constexpr):
 @triton.jit
 def _packed_attention_forward_kernel(
     qkv, out, log_sums, places, scale_log2, rows, tiles, stride_token, stride_part, stride_head,
-    WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, PRECISION: tl.constexpr, STREAMED: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, PRECISION: tl.constexpr, KEEPS_SUMS: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
     segment, first_query = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * Q_BLOCK
@@ -242,7 +242,7 @@ def _packed_attention_forward_kernel(
         inside = queries < length
         row_width = tl.num_programs(1) * WIDTH
         store_rows(out + head * WIDTH, start + queries, inside, row_width, channels, mixed, WIDTH)
-        if STREAMED:
+        if KEEPS_SUMS:
             tl.store(log_sums + head.to(tl.int64) * rows + start + queries, highest + tl.log2(total), mask=inside)
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xkd_kernels.backends import choose
+from xkd_kernels.backends import backend_of
 from xkd_kernels.configurations import launch_of
 
 PROGRAMS_PER_PROCESSOR = 4  # of the backward pass: each sums its rows' gradients of weight and bias
@@ -65,7 +65,7 @@ def residual_layer_norm(
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (x, branch, weight, bias))
         raise ValueError(f"x, branch, weight, bias have the shapes {shapes}, but [..., D] twice and [D] twice are wanted")
     width, dtype = x.shape[-1], dtype or x.dtype
-    if choose("residual_layer_norm", x.device, x.dtype, str(width), backend).backend == "torch":
+    if backend_of("residual_layer_norm", x.device, x.dtype, str(width), backend) == "torch":
         total = (x + branch).to(x.dtype)
         return total, F.layer_norm(total, (width,), weight.to(x.dtype), bias.to(x.dtype), eps).to(dtype)
     total, normalised, _, _ = residual_layer_norm_forward(x, branch, weight, bias, eps, dtype)

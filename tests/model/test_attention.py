@@ -45,6 +45,32 @@ def test_each_sequence_attends_to_itself(attend, dtype: torch.dtype, error: floa
     assert (qkv.grad - exact.grad).abs().max() < 2 * error * exact.grad.abs().max()
 
 
+@pytest.mark.parametrize(("dtype", "error"), ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)))
+def test_triton_takes_packed_sequences_in_one_call(dtype: torch.dtype, error: float) -> None:
+    """Red if groups reach our kernels in another order, or heads are mistaken for widths."""
+    attention = choose("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    qkv, exact = packed(dtype).detach().to(device).requires_grad_(), packed(torch.float64)
+    got, expected = attention.attend_packed(qkv, GROUPS, HEADS), one_by_one(exact)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (got * weight.to(device)).sum().backward()
+    (expected * weight).sum().backward()
+    assert got.dtype == dtype and (got.cpu() - expected).abs().max() < error * expected.abs().max()
+    assert qkv.grad is not None and exact.grad is not None
+    assert (qkv.grad.cpu() - exact.grad).abs().max() < 2 * error * exact.grad.abs().max()
+
+
+def test_triton_without_a_gpu_says_how_to_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if the choice falls back silently, or fails with a traceback out of Triton."""
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    with pytest.raises(UserError, match=r"model\.attention = triton cannot run here: .*TRITON_INTERPRET=1.*; use sdpa or auto"):
+        choose("triton")
+
+
 class DenseMask:
     """What stands in for xformers' mask where its binary does not run: the lengths, made dense."""
 

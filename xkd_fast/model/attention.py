@@ -63,6 +63,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.contiguous() for x in (q, k, v))  # once: every product of strided heads would copy them again
         ctx.save_for_backward(q, k, v)
         with as_written(q.device):
             return (_probabilities(q, k) @ v).transpose(1, 2).flatten(2)
@@ -71,7 +72,7 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
         with as_written(q.device):
-            gradient = gradient.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+            gradient = gradient.unflatten(-1, (q.shape[1], -1)).transpose(1, 2).contiguous()
             probabilities = _probabilities(q, k)
             to_probabilities = gradient @ v.transpose(-2, -1)
             to_scores = torch.ops.aten._softmax_backward_data(to_probabilities, probabilities, -1, q.dtype)
@@ -97,8 +98,8 @@ def automatic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     A base model's attention, forward and backward of 2 clips on two Xeon cores (benchmarks/results/attention_cpu_*.json): in
     bfloat16 sdpa takes about twice the time of recompute, whose products run on the matrix unit; in float32 about half. Eager
-    is faster still in bfloat16, by a quarter, but keeps every matrix. The teachers' forward pass alone takes the same time in
-    all of them, and sdpa forms no matrix.
+    is faster still in bfloat16, by a quarter, but keeps every matrix. The teachers' forward pass takes the same time in all of
+    them in bfloat16; in float32 sdpa takes half as long.
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
         return recompute(q, k, v)
@@ -138,6 +139,22 @@ def _xformers() -> tuple[Attend, PackedAttend]:
     return attend, attend_packed
 
 
+def _triton() -> Attention:
+    """Our own kernels, which read packed sequences in place; sdpa where there are fewer queries than keys."""
+    kernels = importlib.import_module("xkd_kernels")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    obstacle = kernels.obstacle(device, torch.bfloat16)
+    if obstacle:
+        raise UserError(f"model.attention = triton cannot run here: {obstacle}; use sdpa or auto")
+
+    def attend_packed(qkv: Tensor, groups: Sequence[Group], heads: int) -> Tensor:
+        segments = [(group.sequences, group.length) for group in groups]
+        mixed: Tensor = kernels.packed_attention(qkv.view(len(qkv), 3, heads, -1), segments, backend="triton")
+        return mixed
+
+    return Attention("triton", "asked for", sdpa, attend_packed)
+
+
 def choose(name: str) -> Attention:
     """The backend ``name``; ``auto`` takes :func:`automatic`.
 
@@ -149,6 +166,8 @@ def choose(name: str) -> Attention:
         return Attention("sdpa", reason, automatic, group_by_group(automatic))
     if name in PLAIN:
         return Attention(name, "asked for", PLAIN[name], group_by_group(PLAIN[name]))
+    if name == "triton":
+        return _triton()
     if name == "xformers":
         try:
             return Attention(name, "asked for", *_xformers())
@@ -157,7 +176,7 @@ def choose(name: str) -> Attention:
             raise UserError(
                 f"model.attention = xformers cannot run here ({type(error).__name__}: {reason}); use sdpa or auto"
             ) from error
-    raise UserError(f"model.attention = {name} is not one of auto, {', '.join(PLAIN)}, xformers")
+    raise UserError(f"model.attention = {name} is not one of auto, {', '.join(PLAIN)}, triton, xformers")
 
 
 def patch_probabilities(q: Tensor, k: Tensor, *, has_cls: bool) -> Tensor:

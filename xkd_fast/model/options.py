@@ -297,7 +297,7 @@ class ModelOptions:
     implementation: Literal["fast", "reference"] = option(
         "fast", "which code computes the model: fast, or the plain reference it is measured against"
     )
-    attention: Literal["auto", "sdpa", "recompute", "xformers", "eager"] = option(
+    attention: Literal["auto", "sdpa", "recompute", "triton", "xformers", "eager"] = option(
         "auto", "attention of the fast implementation; auto chooses and says why"
     )
     compile: bool = option(False, "pass the fast implementation's blocks through torch.compile")

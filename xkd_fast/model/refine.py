@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from xkd_fast.model.precision import as_written
 from xkd_fast.reference import wide
 
 
@@ -21,8 +22,9 @@ def refinement_weights(own: Tensor, other: Tensor, mode: str) -> Tensor:
 
 def refined_mean(tokens: Tensor, weights: Tensor) -> Tensor:
     """Mean over patches [B, D] of the re-weighted tokens [B, N, D], its energy that of the plain mean."""
-    tokens = wide(tokens)
-    plain = tokens.mean(dim=1)
-    weighted = (weights.unsqueeze(1) @ tokens).squeeze(1) / tokens.shape[1]
-    energy = plain.square().sum(dim=-1, keepdim=True) / weighted.square().sum(dim=-1, keepdim=True)
-    return energy.sqrt() * weighted
+    with as_written(tokens.device):
+        tokens = wide(tokens)
+        plain = tokens.mean(dim=1)
+        weighted = (weights.unsqueeze(1) @ tokens).squeeze(1) / tokens.shape[1]
+        energy = plain.square().sum(dim=-1, keepdim=True) / weighted.square().sum(dim=-1, keepdim=True)
+        return energy.sqrt() * weighted

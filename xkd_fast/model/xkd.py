@@ -25,6 +25,7 @@ from xkd_fast.model.streams import SideStream
 from xkd_fast.model.tokens import embed, gather_patches
 from xkd_fast.model.vit import BlockRunner
 from xkd_fast.objective.losses import Losses
+from xkd_fast.objective.reconstruction import patch_error
 from xkd_fast.reference import MODALITIES, Block, Network
 
 
@@ -149,5 +150,5 @@ class XKD(reference.XKD):
         """The reference's objectives, given predictions [B, N − keep, P] and targets of masked patches alone."""
         options: dict[str, VideoOptions | AudioOptions] = {"video": self.options.video, "audio": self.options.audio}
         targets = {m: gather_patches(clips[m][0], order[m][:, self.keep(m) :], options[m]) for m in MODALITIES}
-        recon = {m: reference.patch_error(predicted[m], targets[m]) for m in MODALITIES}
+        recon = {m: patch_error(predicted[m], targets[m]) for m in MODALITIES}
         return self.combine(recon, student, teacher, weights)

@@ -1,0 +1,74 @@
+"""The choice of a backend: never silent, the same for the same question, from the committed measurements."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+
+from xkd_kernels import BackendError, backends, choose, packed_attention
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A GPU on which one shape has been measured."""
+    table = {"H": {"bias_gelu": {"bfloat16": {"3072": "triton", "1536": "torch"}}}}
+    monkeypatch.setattr(backends, "measured", lambda: table)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H")
+    choose.cache_clear()
+    yield
+    choose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "backend", "reason"),
+    [
+        ("3072", torch.bfloat16, "triton", "measured to be the fastest on H in bfloat16 at shape class 3072"),
+        ("1536", torch.bfloat16, "torch", "measured to be the fastest"),
+        ("768", torch.bfloat16, "torch", "at shape class 768 has not been measured on H"),
+        ("3072", torch.float32, "torch", "in float32 at shape class 3072 has not been measured"),
+        ("3072", torch.float64, "torch", "not in float64"),
+    ],
+)
+def test_auto_follows_the_measurements(measured, shape, dtype, backend, reason):
+    """Catches a default without a measurement behind it, and one that ignores it."""
+    choice = choose("bias_gelu", GPU, dtype, shape)
+    assert choice.backend == backend and reason in choice.reason
+
+
+def test_auto_on_a_cpu_is_torch():
+    """Catches the interpreter taken for a fast path."""
+    assert choose("bias_gelu", CPU, torch.float32, "3072").backend == "torch"
+
+
+def test_an_explicit_choice_that_cannot_run_says_why(monkeypatch):
+    """Catches a silent fallback."""
+    choose.cache_clear()
+    with pytest.raises(BackendError, match=r"triton of packed_attention cannot run here.*not in float64; torch can"):
+        packed_attention(torch.zeros(4, 3, 1, 16, dtype=torch.float64), [(1, 4)], backend="triton")
+    with pytest.raises(BackendError, match="backend cuda of packed_attention is not one of auto, triton, torch"):
+        packed_attention(torch.zeros(4, 3, 1, 16), [(1, 4)], backend="cuda")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(BackendError, match="set TRITON_INTERPRET=1 before Python starts; torch can"):
+        choose("packed_attention", CPU, torch.float32, "16x16", "triton")
+    choose.cache_clear()
+
+
+def test_imports_alone():
+    """Catches a dependency on the trainer or on anything beside torch and Triton."""
+    blocked = ("xkd_fast", "deepspeed", "pydantic", "yaml", "numpy.testing", "nvidia.dali", "rich", "sklearn")
+    code = (
+        "import sys\n"
+        f"for name in {blocked!r}: sys.modules[name] = None\n"
+        "import torch, xkd_kernels as X\n"
+        "print(X.packed_attention(torch.randn(6, 3, 2, 16), [(2, 3)]).shape)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.stdout == "torch.Size([6, 32])\n", done.stderr
