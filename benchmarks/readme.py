@@ -151,6 +151,10 @@ def with_paragraph(readme: str, name: str, paragraph: str) -> str:
 
 def main(arguments: list[str]) -> None:
     """Take up a run, if one is named, and rewrite the README."""
+    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
+        sys.exit(__doc__)
+    if arguments and not (Path(arguments[0]) / "demo.json").exists():
+        sys.exit(f"error: {arguments[0]} holds no finished demo run: demo.json is missing")
     if arguments:
         record.write(DEMO, collect(Path(arguments[0])))
     text = README.read_text()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/seeds"), help="folder of the runs")
     parser.add_argument("--processes", type=int, default=2, help="training processes per run")
     given = parser.parse_args(arguments)
+    if len(set(given.seeds)) < 2:
+        parser.error(f"--seeds {' '.join(map(str, given.seeds))}: two different ones at least, or there is no noise to measure")
+    if given.processes < 1:
+        parser.error(f"--processes {given.processes} must be 1 or more")
     runs: dict[str, list[tuple[list[dict[str, float]], dict[str, float]]]] = {kind: [] for kind in KINDS}
     for seed in given.seeds:
         for kind in KINDS:
@@ -110,4 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xkd_fast import reference
@@ -248,7 +248,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{args.file} does not exist, nor does {path}; golden files: {', '.join(FILES)}")
     if args.kernels == "triton" and (args.impl, args.dtype) != ("fast", "float32"):
         parser.error("--kernels triton needs --impl fast --dtype float32: the reference has none, and they compute in float32")
-    golden = Golden.read(path)
+    try:
+        golden = Golden.read(path)
+    except (OSError, SafetensorError) as error:
+        parser.error(f"{path} is no golden file: {error}")
     errors = replay(golden, getattr(torch, args.dtype), args.impl, args.kernels)
     usual = {"float64": 1e-6, "float32": 2e-4}[args.dtype] if args.tolerance is None else args.tolerance
     tolerance = dict.fromkeys(errors.worst, usual)

@@ -281,6 +281,8 @@ def profile(arguments: list[str]) -> int:
     for option, path in (("--trace", given.trace), ("--json", given.json)):
         if path is not None and not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
             raise UserError(f"{option} {path} cannot be written: {path.absolute().parent} is no folder that one may write to")
+        if path is not None and path.is_dir():
+            raise UserError(f"{option} {path} is a folder; name a file")
     console = Console()
     clips = config.train.clips_per_pass(1) if given.clips is None else given.clips
     result = profile_step(config, clips=clips, steps=given.steps, trace=given.trace, nvtx=given.nvtx, say=console.log)

@@ -198,11 +198,14 @@ def make_ready(config: Config) -> None:
     from xkd_fast.data.rendered import ensure_rendered
     from xkd_fast.engine.metrics import require_wandb
     from xkd_fast.model.attention import choose
+    from xkd_fast.model.vit import require_compiler
 
     if config.log.wandb:
         require_wandb()
     if config.model.implementation == "fast":
         choose(config.model.attention)
+    if config.model.compile:
+        require_compiler()
     if not config.data.train:
         ensure_rendered(config, Console(), workers=os.cpu_count() or 1)
 

@@ -56,7 +56,7 @@ def _attention_whole_backward(dtype: torch.dtype, length: int, width: int) -> La
 def _attention_streamed_backward(dtype: torch.dtype, length: int, width: int) -> Launch:
     if dtype == torch.float32:
         return Launch({"BLOCK": 32, "STEP": 32}, warps=4, stages=1)
-    return Launch({"BLOCK": 64, "STEP": 64 if width <= 32 else 32}, warps=4 if width <= 64 else 8)
+    return Launch({"BLOCK": 64, "STEP": 32}, warps=4 if width <= 64 else 8)
 
 
 def _cls_attention(dtype: torch.dtype, length: int, width: int) -> Launch:

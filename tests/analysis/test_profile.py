@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
 
 from xkd_fast import cli
 from xkd_fast.analysis.profile import Profile, profile, tokens_of_parts
-from xkd_fast.config import load_config
+from xkd_fast.config import Config, load_config
 from xkd_fast.errors import UserError
+from xkd_fast.model import vit
 from xkd_fast.model.options import ModelOptions
 
 CONFIG = load_config("demo", ["model.encoder={width: 24, depth: 2, heads: 2}", "model.decoder={width: 16, depth: 1, heads: 2}"])
@@ -68,3 +72,56 @@ def test_wrong_counts_are_named(arguments: dict[str, int], sentence: str) -> Non
     """Red if a wrong count ends in a traceback."""
     with pytest.raises(UserError, match=sentence):
         profile(CONFIG, **({"clips": 2, "steps": 1} | arguments), say=lambda text: None)
+
+
+def small(**options: object) -> Config:
+    """The demo's configuration with a model that takes no time."""
+    sizes = ["model.encoder={width: 24, depth: 2, heads: 2}", "model.decoder={width: 16, depth: 1, heads: 2}"]
+    return load_config("demo", [*sizes, *(f"{key.replace('__', '.')}={value}" for key, value in options.items())])
+
+
+def test_the_references_forward_pass_is_a_part() -> None:
+    """Red if shares are of a whole without the forward pass, which the reference does not take apart."""
+    plain = profile(small(model__implementation="reference"), clips=2, steps=1, say=lambda text: None)
+    parts = {part.name: part for part in plain.parts}
+    assert tuple(parts) == ("forward", "backward", "clip and AdamW", "teacher update")
+    assert 0 < parts["forward"].forward_flops < plain.flops
+
+
+def test_computing_again_is_no_work_of_the_models() -> None:
+    """Red if checkpointing, which computes every block twice, looks like a better use of the machine."""
+    usual, again = (
+        profile(small(model__checkpointing=on), clips=2, steps=1, say=lambda text: None) for on in ("false", "true")
+    )
+    assert usual.flops == again.flops
+
+
+def test_compiled_blocks_can_be_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if counting meets a compiled block, which no counter sees into, and the profile ends in its traceback."""
+    monkeypatch.setattr(vit, "BACKEND", "aot_eager")
+    compiled = profile(small(model__compile="true"), clips=2, steps=1, say=lambda text: None)
+    assert next(part for part in compiled.parts if part.name == "students").forward_flops > 0
+
+
+def test_what_cannot_be_done_here_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a traceback, or a profile without the file that was asked for, is all the user gets."""
+    assert cli.main(["profile", "--trace", str(tmp_path)]) == 2
+    assert cli.main(["profile", "--trace", ""]) == 2
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--nvtx marks ranges for Nsight Systems, which needs a GPU"):
+            profile(small(), clips=2, steps=1, nvtx=True, say=lambda text: None)
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda self, path: None)  # fails without a word
+    with pytest.raises(UserError, match=r"trace\.json cannot be written"):
+        profile(small(), clips=2, steps=1, trace=tmp_path / "trace.json", say=lambda text: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a machine without a compiler answers model.compile=true with the compiler stack's traceback."""
+
+    def none_found() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
+    with pytest.raises(UserError, match=r"model\.compile = true needs a C\+\+ compiler.*set model\.compile=false"):
+        profile(small(model__compile="true"), clips=2, steps=1, say=lambda text: None)

@@ -22,6 +22,7 @@ from xkd_fast.engine.launch import (
     require_build_tools,
     set_threads,
     start_deepspeed,
+    tell_of_other_build,
 )
 from xkd_fast.errors import UserError
 
@@ -117,3 +118,25 @@ def test_missing_build_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="ninja is not found; install it: pip install ninja"):
         require_build_tools()
+
+
+def test_a_build_of_another_process_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Red if a run waits without a word, for ever where a build was stopped in between."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    tell_of_other_build()
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    tell_of_other_build()
+    assert capsys.readouterr().err == ""  # one that only loads it holds it for a moment
+    for age in (60, 3600):
+        then = lock.stat().st_mtime - age
+        os.utime(lock, (then, then))
+        if age == 60:
+            tell_of_other_build()
+            assert f"{lock} exists; waiting for it" in capsys.readouterr().err
+            continue
+        with pytest.raises(UserError, match=rf"{lock} exists; no build takes that long.*remove that file"):
+            tell_of_other_build()

@@ -192,6 +192,21 @@ def test_an_attention_that_cannot_run_says_why() -> None:
         build_model(tiny_options(attention="xformers"), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: replace(v, video_global=v.video_global[..., 16:, :]), r"views\.video_global has the shape .*options say"),
+        (lambda v: replace(v, audio_global=v.audio_global[..., 16:]), r"views\.audio_global has the shape .*options say"),
+        (lambda v: replace(v, video_locals=[]), r"views\.video_locals holds 0 views, but the model's options say 2"),
+    ],
+)
+def test_views_of_another_size_are_refused(change, message) -> None:
+    """Red if a clip that is too small wraps around and gives a loss all the same, or missing views go unnoticed."""
+    views, masks = random_batch(tiny_options(), 2)
+    with pytest.raises(ValueError, match=message):
+        build_model(tiny_options(), seed=0).double()(change(views), masks)
+
+
 def test_every_weight_counts() -> None:
     """Red if an objective's weight is ignored by the fast model."""
     for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -16,7 +17,8 @@ import torch
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from xkd_fast.analysis.flops import flop_counter
+from xkd_fast.analysis.flops import flop_counter, step_flops
+from xkd_fast.analysis.flops import total as all_parts
 from xkd_fast.analysis.kept import Kept
 from xkd_fast.config import Config
 from xkd_fast.data.views import MaskNoise, Views
@@ -24,9 +26,11 @@ from xkd_fast.engine.ema import TeacherUpdate
 from xkd_fast.engine.optimizer import ClippedAdamW, group_parameters
 from xkd_fast.errors import UserError
 from xkd_fast.files import write_aside
+from xkd_fast.model.attention import Attention
 from xkd_fast.model.build import build_model, random_views
 from xkd_fast.model.components import component, listening
 from xkd_fast.model.options import ModelOptions
+from xkd_fast.model.vit import require_compiler
 from xkd_fast.objective.losses import Losses
 from xkd_fast.reference import MODALITIES, XKD, update_centres
 
@@ -51,7 +55,7 @@ class Profile:
     clips: int
     seconds: float  # median of undisturbed steps
     clips_per_second: float
-    flops: int  # forward and backward
+    flops: int  # of the model, forward and backward; what is computed again for the backward pass is left out
     peak_flops_per_second: float  # measured on a large matrix product
     utilisation: float  # model FLOPs utilisation: flops / seconds / peak
     peak_bytes: int  # of device memory; 0 on a CPU
@@ -137,8 +141,9 @@ class Step:
         return torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
 
     def forward(self) -> Losses:
-        """The losses."""
-        with self.autocast():
+        """The losses. The reference marks no parts: its forward pass is one."""
+        whole = component("forward") if self.config.model.implementation == "reference" else nullcontext()
+        with self.autocast(), whole:
             return self.model(self.views, self.masks)  # type: ignore[no-any-return]
 
     def __call__(self) -> float:
@@ -179,9 +184,12 @@ def traced(device: torch.device, path: Path | None) -> Iterator[None]:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         yield
+    aside = path.with_name(f"{path.name}.partial")
     try:
-        profiler.export_chrome_trace(str(path))
+        profiler.export_chrome_trace(str(aside))  # tells of no failure
+        os.replace(aside, path)
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise UserError(f"--trace {path} cannot be written: {error.strerror}; name another file") from error
 
 
@@ -199,7 +207,7 @@ def profile(
         say: told what is going on.
 
     Raises:
-        UserError: sizes below 1, no room in memory, or a trace that cannot be written.
+        UserError: sizes below 1, no room in memory, a trace that cannot be written, or what only a GPU or a compiler has.
     """
     for name, value in (("--clips", clips), ("--steps", steps)):
         if value < 1:
@@ -210,10 +218,17 @@ def profile(
     device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
     if wanted == "cuda" and device.type == "cpu":
         raise UserError("train.device = cuda, but no GPU is found; set train.device=auto or cpu")
+    if nvtx and device.type == "cpu":
+        raise UserError("--nvtx marks ranges for Nsight Systems, which needs a GPU; leave it out, or use --trace")
+    if config.model.compile:
+        require_compiler()
     torch.manual_seed(config.seed)
     try:
         say(f"building the {config.model.variant} model ({config.model.implementation})")
         step = Step(config, clips, device)
+        attention = getattr(step.model, "attention", None)
+        if isinstance(attention, Attention):
+            say(f"attention: {attention.name}, {attention.reason}")
         say(f"timing {steps} steps of {clips} clips on {device.type}, {config.train.precision}")
         step()
         if device.type == "cuda":
@@ -229,13 +244,14 @@ def profile(
         clock = _Clock(device)
         with listening(clock):
             step()
-        with flop_counter() as counter:
-            counted = _FlopCount(counter)
-            with listening(counted):
-                step()
-        kept = Kept()
-        with listening(kept):
-            kept.count(lambda: step.forward().total)
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks cannot be counted
+            with flop_counter() as counter:
+                counted = _FlopCount(counter)
+                with listening(counted):
+                    step()
+            kept = Kept()
+            with listening(kept):
+                kept.count(lambda: step.forward().total)
         with traced(device, trace):
             step()
     except torch.OutOfMemoryError as error:
@@ -255,7 +271,7 @@ def profile(
         )
         for name in names
     )
-    median, total = statistics.median(seconds), int(counter.get_total_flops())
+    median, total = statistics.median(seconds), clips * all_parts(step_flops(config.model)).total
     return Profile(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         precision=config.train.precision,

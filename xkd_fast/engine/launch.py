@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import sysconfig
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,6 +25,8 @@ import torch.distributed as dist
 from xkd_fast.errors import UserError
 from xkd_fast.files import InUse, sole_use
 
+LONGEST_BUILD = 600.0  # seconds that DeepSpeed's communication on a CPU, some 40 s of work, may take to compile
+LOADING = 5.0  # seconds that it is held by a process that only loads what is there
 TIMEOUT = timedelta(hours=2)  # of collectives: the first rank may render and prepare data while the others wait
 
 
@@ -33,13 +36,14 @@ def start_deepspeed(device: str = "auto") -> Any:
     Ranks come from the environment (``deepspeed``, ``torchrun``); without one, a single process trains alone.
 
     Raises:
-        UserError: ``cuda`` is asked for and there is none, or what DeepSpeed compiles its CPU communication with is missing.
+        UserError: ``cuda`` is asked for and there is none, or DeepSpeed's CPU communication cannot be compiled here.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device = cuda, but torch sees no GPU here; set train.device=cpu or auto")
     if device == "cpu" or not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         require_build_tools()
+        tell_of_other_build()
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -88,6 +92,28 @@ def require_build_tools() -> None:
     for found, sentence in needed:
         if not found:
             raise UserError(f"DeepSpeed compiles its communication on the CPU, but {sentence}")
+
+
+def tell_of_other_build() -> None:
+    """Say so where another process holds the place in which DeepSpeed compiles: torch waits for it without a word.
+
+    Raises:
+        UserError: it has held it for longer than any build takes, so it was stopped in between.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    version = f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(get_default_build_root(), version)
+    lock = Path(root, "deepspeed_shm_comm", "lock")
+    try:
+        age = time.time() - lock.stat().st_mtime
+    except OSError:
+        return
+    told = f"another process seems to be compiling DeepSpeed's communication for {age:.0f} s: {lock} exists"
+    if age > LONGEST_BUILD:
+        raise UserError(f"{told}; no build takes that long, so it was stopped in between: remove that file")
+    if age > LOADING and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{told}; waiting for it (if none is, stop this and remove that file)", file=sys.stderr, flush=True)
 
 
 def free_port() -> int:

@@ -11,8 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xkd_fast.model.options import AudioOptions, VideoOptions
+from xkd_fast.data.views import Views
+from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
 from xkd_fast.reference import Encoder, interpolate_position, normalised_pixels, patchify
+
+
+def check_views(views: Views, options: ModelOptions) -> None:
+    """Make sure that the views are those that the options describe.
+
+    Raises:
+        ValueError: naming the view, its shape or number, and what it should be.
+    """
+    video, audio = options.video, options.audio
+    wanted = {
+        "video_global": (video.channels, video.frames, video.size, video.size),
+        "audio_global": (1, audio.mel_bins, audio.frames),
+    }
+    for name, shape in wanted.items():
+        found = tuple(getattr(views, name).shape)
+        if found[1:] != shape:
+            raise ValueError(f"views.{name} has the shape {list(found)}, but the model's options say {['B', *shape]}")
+    for name, count in (("video_locals", video.local_views), ("audio_locals", audio.local_views)):
+        if len(getattr(views, name)) != count:
+            raise ValueError(f"views.{name} holds {len(getattr(views, name))} views, but the model's options say {count}")
 
 
 def gather_patches(clip: Tensor, ids: Tensor, options: VideoOptions | AudioOptions) -> Tensor:

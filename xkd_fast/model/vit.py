@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from xkd_fast.errors import UserError
 from xkd_fast.model.attention import Attention, PackedAttend, patch_probabilities
 from xkd_fast.model.layers import gelu_linear, norm_linear
 from xkd_fast.model.packing import Group, heads_of, unpack
@@ -41,6 +42,24 @@ def run_last_block(
 
 
 F = TypeVar("F", bound=Callable[..., object])
+
+
+def require_compiler() -> None:
+    """Make sure that torch.compile has what it compiles with.
+
+    Raises:
+        UserError: there is no C++ compiler that works.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UserError(
+            "model.compile = true needs a C++ compiler, and none is found that works; install g++ (Debian, Ubuntu: "
+            "apt install g++), name one in CXX, or set model.compile=false"
+        ) from error
 
 
 class BlockRunner:

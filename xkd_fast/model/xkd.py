@@ -22,7 +22,7 @@ from xkd_fast.model.packing import Group, pack, unpack
 from xkd_fast.model.precision import as_written
 from xkd_fast.model.refine import refined_mean, refinement_weights
 from xkd_fast.model.streams import SideStream
-from xkd_fast.model.tokens import embed, gather_patches
+from xkd_fast.model.tokens import check_views, embed, gather_patches
 from xkd_fast.model.vit import BlockRunner
 from xkd_fast.objective.losses import Losses
 from xkd_fast.objective.reconstruction import patch_error
@@ -40,7 +40,12 @@ class XKD(reference.XKD):
         self._recorded: RecordedPass | None = None
 
     def forward(self, views: Views, masks: MaskNoise | None = None) -> Losses:
-        """Losses of one batch. ``masks`` fixes the mask noise, for replay and for exact resume."""
+        """Losses of one batch. ``masks`` fixes the mask noise, for replay and for exact resume.
+
+        Raises:
+            ValueError: views that are not what the options say.
+        """
+        check_views(views, self.options)
         masks = masks or self.draw_masks(views)
         if self.options.cuda_graph and views.video_global.device.type == "cuda" and torch.is_grad_enabled():
             return self.recorded_losses(views, masks)

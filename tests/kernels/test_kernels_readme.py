@@ -1,0 +1,27 @@
+"""The README's example runs as it is printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import xkd_kernels
+
+
+def test_example_runs():
+    """Catches an example that the operators have left behind, or an operator without one."""
+    text = (Path(__file__).parents[2] / "kernels" / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    shapes = {name: tuple(names[name].shape) for name in ("mixed", "looks", "total", "normalised", "activated", "patches")}
+    assert shapes == {
+        "mixed": (532, 768),
+        "looks": (12, 532),
+        "total": (532, 768),
+        "normalised": (532, 768),
+        "activated": (532, 3072),
+        "patches": (2, 59, 3072),
+    }
+    operators = {name.removeprefix("naive_") for name in xkd_kernels.__all__ if name.startswith("naive_")}
+    assert all(f"X.{name}(" in example and f"`{name}`" in text for name in operators)
