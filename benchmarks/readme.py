@@ -91,6 +91,14 @@ def step_paragraph() -> str:
             kept = row["costs"]["fast"]["saved_bytes"] / row["costs"]["reference"]["saved_bytes"]
             cells = [result["model"], result["precision"], row["clips"], f"{row['clips_per_second']['fast']:.3g}", *told]
             lines.append(f"| {' | '.join(map(str, cells))} | {kept:.2f} × |")
+    slow = [
+        f"{result['model']} in {result['precision']}"
+        for result in results
+        if any(row["seconds"]["strong"]["median"] > row["seconds"]["reference"]["median"] for row in result["rows"])
+    ]
+    if slow:
+        lines += ["", f"For {' and '.join(slow)} the strong contestant is slower than the reference here:"]
+        lines += ["its fused attention is made for GPUs."]
     machines = sorted({f"{result['device']}, torch {result['torch']}" for result in results})
     return "\n".join([*lines, "", f"On {'; '.join(machines)}."])
 

@@ -22,6 +22,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 # qkv as the linear layer wrote it: [M, 3·h·d], its groups of sequences, h → [M, h·d]
 PackedAttend = Callable[[Tensor, Sequence[Group], int], Tensor]
 
+SHORT = 192  # tokens up to which keeping the matrix of probabilities costs little
 QUERY_TILE = 64  # queries whose scores are held at once where CLS is off
 
 
@@ -94,15 +95,15 @@ PLAIN: dict[str, Attend] = {"sdpa": sdpa, "recompute": recompute, "eager": eager
 
 
 def automatic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``sdpa``; in bfloat16 on a CPU ``recompute`` where there will be a backward pass.
+    """``sdpa``; to be differentiated in bfloat16 on a CPU, ``eager`` of short sequences and ``recompute`` of others.
 
     A base model's attention, forward and backward of 2 clips on two Xeon cores (benchmarks/results/attention_cpu_*.json): in
-    bfloat16 sdpa takes about twice the time of recompute, whose products run on the matrix unit; in float32 about half. Eager
-    is faster still in bfloat16, by a quarter, but keeps every matrix. The teachers' forward pass takes the same time in all of
-    them in bfloat16; in float32 sdpa takes half as long.
+    bfloat16 sdpa takes twice the time of eager, whose products run on the matrix unit; in float32 about half. Eager keeps every
+    matrix: 12 MB a clip at the students' lengths, but 45 MB in the decoders; recompute lies between. The teachers' forward pass
+    takes about the same time in all of them in bfloat16; in float32 sdpa takes half.
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
-        return recompute(q, k, v)
+        return eager(q, k, v) if k.shape[2] <= SHORT else recompute(q, k, v)
     return sdpa(q, k, v)
 
 
@@ -162,7 +163,7 @@ def choose(name: str) -> Attention:
         UserError: a backend that is unknown, or that cannot run here; says why, and what can.
     """
     if name == "auto":
-        reason = "but for bfloat16 on a CPU, where recompute is measured to be faster than it"
+        reason = "but for bfloat16 on a CPU, where eager (short sequences) and recompute are measured to be faster than it"
         return Attention("sdpa", reason, automatic, group_by_group(automatic))
     if name in PLAIN:
         return Attention(name, "asked for", PLAIN[name], group_by_group(PLAIN[name]))
