@@ -37,7 +37,8 @@ class Contestant(ABC):
 
     def __init__(self, options: ModelOptions, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self.model = self.build(options).to(device)
+        with device:  # a GPU draws the weights in a fraction of the time, and the same ones for every contestant
+            self.model = self.build(options).to(device)
 
     def build(self, options: ModelOptions) -> reference.XKD:
         """The model, its weights those of seed 0."""

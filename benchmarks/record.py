@@ -11,7 +11,7 @@ from typing import Any
 
 from xkd_fast.analysis.provenance import provenance
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("XKD_BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:

@@ -100,22 +100,21 @@ def test_teachers_form_no_attention_matrix(cls_token: bool) -> None:
     assert shapes and not {2 * (clip.tokens + cls_token,) for clip in (video, audio)} & {shape[-2:] for shape in shapes}
 
 
-@pytest.mark.parametrize("teacher_view", ("local", "global"))
+@pytest.mark.parametrize("is_local", (True, False))
 @pytest.mark.parametrize("bytes_in", (False, True))
-def test_the_students_never_see_all_patches(teacher_view: str, bytes_in: bool) -> None:
+def test_the_students_never_see_all_patches(is_local: bool, bytes_in: bool) -> None:
     """Catches a global view patchified, normalised, embedded, predicted or taken as target whole: only teachers do so."""
     options = tiny_options(
         video=VideoOptions(8, 24, 1, 4, 16, 2, 8, mask_ratio=0.7),  # 36 patches of 384 numbers, 11 visible, 8 in a local view
         audio=AudioOptions(48, 288, 1, 96, 8, 48, mask_ratio=0.6),  # 36 of 384, 14 visible, 12 in a local view
         encoder=EncoderOptions(8, 2, 1),
         decoder=DecoderOptions(8, 2, 1),
-        teacher_view=teacher_view,
+        teacher_view="local" if is_local else "global",
     )
     model, (views, masks) = build_model(options, seed=0), random_batch(options, CLIPS, dtype=torch.float32)
     if bytes_in:
         pixels = [torch.randint(256, x.shape, dtype=torch.uint8) for x in (views.video_global, *views.video_locals)]
         views = replace(views, video_global=pixels[0], video_locals=pixels[1:])
-    is_local = teacher_view == "local"
     video, audio = (views.video_locals[0], views.audio_locals[0]) if is_local else (views.video_global, views.audio_global)
     works = (lambda: model.teach({"video": video, "audio": audio}), lambda: model(views, masks).total.backward())
     teachers, step = (sum(shape.numel() >= CLIPS * 36 * 384 for shape in watched(work).given) for work in works)
@@ -212,6 +211,7 @@ def test_teachers_are_cast_once_per_update(variant: str) -> None:
 def test_compiled_steps(backend: str, dtype: torch.dtype, changes: dict, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a graph break (that raises), a program that is compiled again at a later step, and one with other numbers."""
     torch._dynamo.reset()
+    monkeypatch.setattr("xkd_fast.model.attention.QUERY_TILE", 10)  # several tiles without CLS
     counter = CompileCounterWithBackend(backend)
     for owner, name, value in ((vit, "BACKEND", counter), (contestants, "LR", 3e-3), (contestants, "MOMENTUM", 0.5)):
         monkeypatch.setattr(owner, name, value)
@@ -233,9 +233,9 @@ def test_the_base_models_arithmetic() -> None:
     assert total(step_flops(ModelOptions())).total < 440e9
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 0.34), (torch.bfloat16, 0.46)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_launches_and_kept_bytes(variant: str, dtype: torch.dtype) -> None:
+def test_launches_and_kept_bytes(variant: str, dtype: torch.dtype, bound: float) -> None:
     """Catches loops over parameters, views or modalities in the step, and whatever else autograd keeps in a deep model."""
     options = tiny_options(variant=variant, encoder=EncoderOptions(24, 4, 3))
     batch = random_batch(options, CLIPS, dtype=torch.float32)
@@ -246,7 +246,7 @@ def test_launches_and_kept_bytes(variant: str, dtype: torch.dtype) -> None:
         launched[kind.name] = launches(lambda contestant=contestant: contestant.step(*batch))
         with contestants.autocast(CPU, dtype):
             kept[kind.name] = saved_bytes(lambda contestant=contestant: contestant.model(*batch).total)
-    assert launched["fast"] <= 0.6 * launched["reference"], launched
+    assert launched["fast"] <= bound * launched["reference"], launched
     assert kept["fast"] <= 0.6 * kept["reference"], kept
 
 
