@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xkd_fast.errors import UserError
 from xkd_fast.model.attention import PLAIN, automatic, block_diagonal, choose, group_by_group
+from xkd_fast.model.options import ModelOptions
 from xkd_fast.model.packing import Group, joined
 
 HEADS, WIDTH = 3, 8
@@ -113,3 +114,9 @@ def test_xformers_on_a_gpu() -> None:
         pytest.skip(str(error))
     got = attention.attend_packed(qkv, GROUPS, HEADS)
     torch.testing.assert_close(got.double().cpu(), one_by_one(qkv.cpu()), rtol=3e-2, atol=3e-2)
+
+
+def test_xformers_is_not_compiled() -> None:
+    """Red if the pair is only refused by the compiler, at the first step and with its traceback."""
+    with pytest.raises(ValueError, match=r"cannot compile model\.attention = xformers.*use auto or sdpa"):
+        ModelOptions(compile=True, attention="xformers")

@@ -327,6 +327,10 @@ class ModelOptions:
                 f"model.{name} = true needs model.implementation = fast; the reference is plain",
             )
         require(
+            not (self.compile and self.attention == "xformers"),
+            "model.compile = true cannot compile model.attention = xformers, whose mask is made in Python; use auto or sdpa",
+        )
+        require(
             not (self.cuda_graph and self.objective.mmd_scope == "global"),
             "model.cuda_graph = true needs model.objective.mmd_scope = rank: gathering rows from other ranks is not recorded",
         )
