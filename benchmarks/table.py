@@ -1,6 +1,6 @@
-"""``python -m benchmarks.table [SINCE]``: the step benchmarks of this machine's results as a short table.
+"""``python -m benchmarks.table [SINCE]``: the measured steps as a short table.
 
-SINCE: seconds of the epoch; older files, of other runs or machines, are left out.
+SINCE: seconds of the epoch; files written before, by other runs or on other machines, are left out.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import sys
 
 from benchmarks import record
+from benchmarks.race import untimed
 
 
 def lines(since: float = 0.0) -> list[str]:
@@ -20,13 +21,12 @@ def lines(since: float = 0.0) -> list[str]:
         result = json.loads(path.read_text())
         for row in result["rows"]:
             speeds = ", ".join(f"{name} {speed:.4g}" for name, speed in row["clips_per_second"].items())
-            ratios = ", ".join(f"{ratio['median']:.2f} × {name}" for name, ratio in row["fast_against"].items())
+            told = [f"{ratio['median']:.2f} × {name}" for name, ratio in row["fast_against"].items()]
+            told += [f"{name} {reason}" for name, reason in untimed(row).items()]
             what = f"{result['model']}, {result['precision']}, {row['clips']} clips on {result['device']}"
-            lost = row.get("out_of_memory", []) + row.get("not_reached", [])
-            rest = f"; without {', '.join(lost)} (out of memory or time)" if lost else ""
-            found.append(f"{what}: {speeds} clips/s; {ratios}{rest}")
+            found.append(f"{what}: {speeds} clips/s; {', '.join(told)}")
     return found or ["no step was measured"]
 
 
 if __name__ == "__main__":
-    print("\n".join(lines(float(sys.argv[1]) if len(sys.argv) > 1 else 0.0)))
+    print("\n".join(lines(*map(float, sys.argv[1:2]))))

@@ -7,36 +7,170 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from benchmarks import memory, race, record, table
+from benchmarks.contestants import Contestant, Fast, FewLaunches, Released
+from benchmarks.test_step import model_options, named_batches
+from xkd_fast.model.build import build_model
+
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+CPU = torch.device("cpu")
+# all that `pip install xkd-fast` brings but torch and Triton; numpy is left, which Triton's interpreter needs in place of a GPU
+ABSENT = ("av", "deepspeed", "hypothesis", "joblib", "matplotlib", "nvidia.dali", "pydantic", "rich", "safetensors", "sklearn")
+ABSENT += ("tensorboard", "yaml")
 
 
-def test_gpu_script_runs_to_its_end_without_a_gpu() -> None:
-    """Red if it needs more than torch, a test or a benchmark of it fails, or a failure does not reach the exit code."""
-    packages = (
-        "deepspeed",
-        "nvidia.dali",
-        "pydantic",
-        "av",
-        "sklearn",
-        "rich",
-        "yaml",
-        "safetensors",
-        "hypothesis",
-        "matplotlib",
-    )
-    blocked = f"import sys\nfor name in {packages!r}: sys.modules[name] = None\n"
-    results = {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").iterdir()}
-    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["bash", "benchmarks/gpu.sh", "--smoke"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
-    )
+def times() -> dict[Path, int]:
+    """When each committed result was written."""
+    return {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
+
+
+def without(folder: Path, packages: tuple[str, ...]) -> dict[str, str]:
+    """An environment in which Python cannot import some packages."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({packages!r}))\n")
+    chosen = {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    return {**os.environ, **chosen, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+def test_gpu_script_runs_to_its_end_without_a_gpu(tmp_path: Path) -> None:
+    """Red if it needs more than torch, Triton and pytest, a test or benchmark fails, or the table is not of this run alone."""
+    before = times()
+    command = ["bash", "benchmarks/gpu.sh", "--smoke"]
+    done = subprocess.run(command, cwd=ROOT, env=without(tmp_path, ABSENT), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert done.stdout.count(" passed") == 2
+    assert done.stdout.count(" passed") == 2 and "peak memory" in done.stdout
     rows = [line for line in done.stdout.splitlines() if " tiny, " in line and "× reference" in line and "× strong" in line]
     assert len(rows) == 6 and done.stdout.rstrip().endswith(rows[-1])
-    assert {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").iterdir()} == results
-    imports = "import benchmarks.test_step, benchmarks.test_attention, benchmarks.table, tests.model.test_fast_model"
-    alone = subprocess.run([sys.executable, "-c", blocked + imports], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert alone.returncode == 0, alone.stderr[-2000:]
-    wrong = subprocess.run(["bash", "benchmarks/gpu.sh", "--fast"], cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert times() == before
+
+
+def test_gpu_script_with_a_gpu(tmp_path: Path) -> None:
+    """Red if it then leaves out the kernels, measures at tiny sizes, sets no deadline, or hides a failure."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/bash\necho "$XKD_BENCHMARK_SECONDS|$*"\n[[ $* != *test_graphs* ]]\n')
+    stub.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "XKD_BENCHMARK_SECONDS"}
+    command, environment = ["bash", "benchmarks/gpu.sh"], {**environment, "PYTHON": str(stub)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    tests, step, last = done.stdout.splitlines()[2:]
+    assert done.returncode == 1, done.stderr
+    assert "tests/kernels" in tests and "tests/model/test_attention.py" in tests and "--benchmark" not in tests
+    assert 400 < int(step.split("|")[0]) <= 420 and "benchmarks/test_step.py" in step and "--benchmark" in step
+    assert "-m benchmarks.table 1" in last
+
+
+def test_benchmarks_need_no_numpy(tmp_path: Path) -> None:
+    """Red if what a GPU's bare checkout runs imports it, or anything else that is not there."""
+    environment = {**without(tmp_path, (*ABSENT, "numpy")), "XKD_BENCHMARK_SECONDS": "0"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+        "benchmarks/test_step.py",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "6 skipped" in done.stdout, done.stdout[-3000:]
+    assert "mats float32 4 clips: not reached" in done.stdout
+
+
+def test_gpu_script_refuses_what_it_does_not_know() -> None:
+    """Red if a mistyped argument starts a measurement."""
+    wrong = subprocess.run(["bash", "benchmarks/gpu.sh", "--fast"], cwd=ROOT, capture_output=True, timeout=120)
     assert wrong.returncode == 2 and b"unknown arguments --fast" in wrong.stderr
+
+
+class Greedy(FewLaunches):
+    """A contestant that does not fit; the error comes wrapped, as from a recording."""
+
+    name = "greedy"
+
+    def step(self, *_: object) -> torch.Tensor:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError("capture failed") from error
+
+
+def case(kinds: dict[str, type[Contestant]]) -> tuple[race.Race, list[race.Row]]:
+    """A tiny case with its final row."""
+    contest = race.Race(model_options("mats", tiny=True), CPU, torch.float32, 2)
+    return contest, list(contest.run(dict(kinds), rounds=2))
+
+
+def test_too_little_memory_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if it ends the run, or costs the other contestants their figures."""
+    contest, _ = case({"greedy": Greedy, "reference": Released})
+    row = contest.row
+    assert row["seconds"]["greedy"] == {"out_of_memory": True}
+    assert row["fast_against"].keys() == {"reference"} and row["clips_per_second"].keys() == {"reference", "fast"}
+    assert row["costs"].keys() == {"reference", "strong", "fast"}
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    assert table.lines() == ["no step was measured"]
+    path = record.write("step_cpu_mats_float32", {"model": "mats tiny", "precision": "float32", "rows": [row]})
+    (line,) = table.lines(since=path.stat().st_mtime)
+    assert "× reference" in line and line.endswith("greedy out of memory")
+    assert table.lines(since=path.stat().st_mtime + 1) == ["no step was measured"]
+    monkeypatch.setattr(race, "Fast", Greedy)
+    contest, rows = case({"reference": Released})
+    assert contest.row["seconds"] == {"fast": {"out_of_memory": True}} and rows[-1]["costs"].keys() == {"reference", "strong"}
+
+
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason="this system does not tell")
+def test_peak_memory_is_that_of_the_work_alone() -> None:
+    """Red if what was freed before counts, or what was freed since does not."""
+    del (earlier := [torch.ones(2**26)])[:]
+    watched = memory.PeakMemory(CPU)
+    first = torch.ones(2**23)
+    del first
+    second = torch.ones(2**22)
+    assert watched.bytes() == pytest.approx(2**25, abs=2**21), (earlier, second.shape)
+
+
+def test_contestants_begin_alike() -> None:
+    """Red if one begins with weights drawn otherwise, shares them with another, or splits what MATS shares."""
+    options = model_options("mats", tiny=True)
+    drawn = build_model(options, seed=0)
+    for model in (kind(options, CPU, torch.float32).model for kind in (Released, Fast)):
+        tensors = dict((*drawn.named_parameters(), *drawn.named_buffers()))
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            expected = tensors.pop(name)
+            assert torch.equal(tensor, expected) and tensor.requires_grad == expected.requires_grad, name
+            tensor.detach().fill_(-1.0)
+        assert not tensors
+        assert model.video_teacher.encoder.blocks is model.audio_teacher.encoder.blocks
+
+
+def test_another_error_ends_the_run() -> None:
+    """Red if a broken contestant passes for one that does not fit."""
+
+    class Broken(Fast):
+        def step(self, *_: object) -> torch.Tensor:
+            raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        case({"broken": Broken})
+
+
+def test_batches_are_named() -> None:
+    """Red if a batch size is measured that nobody asked for, or a mistyped one passes."""
+    assert [clips for clips, _ in named_batches("2,4")] == [2, 4] and named_batches("4x15") == [(4, 15)]
+    for wrong in ("", "two", "2,", "1", "2x0"):
+        with pytest.raises(pytest.UsageError, match="XKD_BENCHMARK_CLIPS"):
+            named_batches(wrong)
+
+
+def test_nothing_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a pair is timed, or work counted, when the time is over."""
+    monkeypatch.setenv("XKD_BENCHMARK_SECONDS", "0")
+    contest, _ = case({"reference": Released})
+    assert contest.row["seconds"] == {"reference": {"not_reached": True}} and not contest.row["costs"]
