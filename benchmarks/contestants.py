@@ -33,7 +33,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 def initial_model(options: ModelOptions, device: torch.device) -> reference.XKD:
     """The model whose weights all begin with: a base model's take a host 13 s to draw, and 1 s to copy."""
-    return _drawn_once(replace(options, implementation="reference", compile=False, cuda_graph=False), device)
+    return _drawn_once(options.as_reference(), device)
 
 
 @lru_cache(maxsize=1)
@@ -67,7 +67,7 @@ class Contestant(ABC):
 
     def build(self, options: ModelOptions) -> reference.XKD:
         """The model."""
-        return with_initial_weights(replace(options, implementation="reference"), self.device)
+        return with_initial_weights(options.as_reference(), self.device)
 
     @abstractmethod
     def step(self, views: Views, masks: MaskNoise) -> Tensor:

@@ -203,7 +203,7 @@ def test_teachers_are_cast_once_per_update(variant: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "dtype", "changes", "error"),
     [
-        ("aot_eager", torch.bfloat16, {"variant": "mats"}, 2e-3),
+        ("aot_eager", torch.bfloat16, {"variant": "mats"}, 2e-4),
         ("eager", torch.float32, {"variant": "mas", "cls_token": False}, 1e-5),
         ("eager", torch.float32, {"checkpointing": True}, 1e-5),
     ],
@@ -213,7 +213,7 @@ def test_compiled_steps(backend: str, dtype: torch.dtype, changes: dict, error: 
     torch._dynamo.reset()
     monkeypatch.setattr("xkd_fast.model.attention.QUERY_TILE", 10)  # several tiles without CLS
     counter = CompileCounterWithBackend(backend)
-    for owner, name, value in ((vit, "BACKEND", counter), (contestants, "LR", 3e-3), (contestants, "MOMENTUM", 0.5)):
+    for owner, name, value in ((vit, "BACKEND", counter), (contestants, "MOMENTUM", 0.5)):
         monkeypatch.setattr(owner, name, value)
     options = tiny_options(**changes)
     batch = random_batch(options, CLIPS, dtype=torch.float32)

@@ -7,7 +7,7 @@ released Kinetics-400 recipe of XKD (AAAI 2024), base model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 FORBID_EXTRA = {"extra": "forbid"}  # read by pydantic where options come from a file; inert otherwise
@@ -288,6 +288,10 @@ class ObjectiveOptions:
         )
 
 
+FAST_ONLY = ("compile", "checkpointing", "teacher_stream", "cuda_graph")
+"""Switches of the fast implementation that the reference, being plain, refuses."""
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Everything that defines an XKD model."""
@@ -321,7 +325,7 @@ class ModelOptions:
     objective: ObjectiveOptions = section(ObjectiveOptions, "loss weights, temperatures, centre and MMD")
 
     def __post_init__(self) -> None:
-        for name in ("compile", "checkpointing", "teacher_stream", "cuda_graph"):
+        for name in FAST_ONLY:
             require(
                 self.implementation == "fast" or not getattr(self, name),
                 f"model.{name} = true needs model.implementation = fast; the reference is plain",
@@ -347,3 +351,8 @@ class ModelOptions:
                     f"model.teacher_view = 'local' needs a local view per modality, but model.{name}.local_views = {views}; "
                     "use teacher_view 'global' or add a local view",
                 )
+
+    def as_reference(self) -> ModelOptions:
+        """The same model computed by the reference."""
+        plain: dict[str, Any] = dict.fromkeys(FAST_ONLY, False)
+        return replace(self, implementation="reference", **plain)
