@@ -2,7 +2,8 @@
 # Everything that wants a GPU, in one command and under eight minutes, from a bare checkout with torch, Triton and pytest:
 # the tests that need a GPU, then the benchmarks. Writes benchmarks/results/*.json and prints a short table last.
 #
-#   bash benchmarks/gpu.sh            on a GPU: the base model at 32 and 128 clips
+#   bash benchmarks/gpu.sh            on a GPU: the base model at 32 and 128 clips, then single kernels
+#   bash benchmarks/gpu.sh --tune     on a GPU: single kernels alone, after a search for faster launches of each
 #   bash benchmarks/gpu.sh --smoke    anywhere: tiny sizes, benchmarks/results stays as it is; also what happens without a GPU
 #
 # PYTHON names the Python to use (default: python3). XKD_BENCHMARK_SECONDS (default on a GPU: 420): no measurement begins later
@@ -13,8 +14,8 @@ export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
 begun=$(date +%s)
 
-if [[ $# -gt 1 || "${1:---smoke}" != --smoke ]]; then
-    echo "error: unknown arguments $*; the only one is --smoke" >&2
+if [[ $# -gt 1 || ! "${1:---smoke}" =~ ^--(smoke|tune)$ ]]; then
+    echo "error: unknown arguments $*; it takes --smoke or --tune" >&2
     exit 2
 fi
 "$python" -c 'import torch, triton, pytest' || { echo "error: $python lacks torch, Triton or pytest" >&2; exit 2; }
@@ -29,17 +30,31 @@ if [[ "${1:-}" == --smoke ]] || ! "$python" -c 'import sys, torch; sys.exit(not 
     flags=() seconds=${XKD_BENCHMARK_SECONDS:-86400}
     within() { "${@:2}"; }
 else
-    tests+=(tests/kernels --ignore=tests/kernels/test_resources.py) # that one compiles for GPUs that are not here
+    [[ "${1:-}" != --tune ]] || tests=()
+    # test_resources compiles for GPUs that are not here
+    tests+=(tests/model/test_kernels.py tests/kernels --ignore=tests/kernels/test_resources.py)
     flags=(--benchmark) seconds=${XKD_BENCHMARK_SECONDS:-420}
     # SECONDS COMMAND...: interrupted when so many seconds have passed since the start
-    within() { timeout -s INT -k 10 "$(($1 - $(date +%s) + begun))" "${@:2}"; }
+    within() {
+        local left=$(($1 - $(date +%s) + begun))
+        timeout -s INT -k 10 $((left > 0 ? left : 1)) "${@:2}"
+    }
 fi
 run=("$python" -m pytest -q -p no:cacheprovider -o addopts=)
 
 # The fast model against the reference, and the kernels against their twins, on the GPU where there is one.
 failed=0
 within 180 "${run[@]}" "${tests[@]}" || failed=1
-export XKD_BENCHMARK_SECONDS=$((seconds - $(date +%s) + begun))
-within $((seconds + 45)) "${run[@]}" -s -rs benchmarks/test_step.py benchmarks/test_attention.py "${flags[@]}" || failed=1
-"$python" -m benchmarks.table "$begun"
+bench() {
+    export XKD_BENCHMARK_SECONDS=$((seconds - $(date +%s) + begun))
+    within $((seconds + 45)) "${run[@]}" -s -rs "$@" "${flags[@]}" || failed=1
+}
+if [[ "${1:-}" == --tune ]]; then
+    XKD_BENCHMARK_TUNE=1 bench benchmarks/test_kernels.py
+else
+    bench benchmarks/test_step.py -k xkd-bfloat16
+    bench benchmarks/test_kernels.py benchmarks/test_attention.py
+    bench benchmarks/test_step.py -k "not xkd-bfloat16"
+    "$python" -m benchmarks.table "$begun"
+fi
 exit $failed

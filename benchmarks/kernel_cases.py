@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import xkd_kernels as kernels
+from xkd_kernels.backends import shape_class
 from xkd_kernels.segments import Runs
 
 HEADS, WIDTH, HIDDEN = 12, 768, 3072
@@ -17,54 +20,79 @@ VIDEO_PATCH, AUDIO_PATCH = (4, 16, 16), (4, 16)
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+Result = Tensor | tuple[Tensor, ...]
+
+
 @dataclass(frozen=True)
 class Case:
     """One operator at one place of the step.
 
     Attributes:
         name: operator and place.
+        dtype, shape: by which ``xkd_kernels.choose`` looks for its measurement.
         inputs: (clips, device) → its tensors; those that require a gradient are differentiated.
-        fused: of the inputs, by our kernels.
+        call: (backend, inputs) → by our operator.
         naive: of the inputs, by its definition.
+        lengths: of attention's segments, one of each per clip.
     """
 
     name: str
+    dtype: torch.dtype
+    shape: str
     inputs: Callable[[int, torch.device], list[Tensor]]
-    fused: Callable[..., Tensor | tuple[Tensor, ...]]
-    naive: Callable[..., Tensor | tuple[Tensor, ...]]
+    call: Callable[..., Result]
+    naive: Callable[..., Result]
+    lengths: tuple[int, ...] = ()
 
     @property
     def operator(self) -> str:
         """What is measured."""
         return self.name.split(",")[0]
 
+    @property
+    def fused(self) -> Callable[..., Result]:
+        """By our kernels."""
+        return partial(self.call, "triton")
 
-def _attention(place: str, lengths: tuple[int, ...], width: int, *, trained: bool) -> Case:
+    @property
+    def plain(self) -> Callable[..., Result]:
+        """By PyTorch's own operators, as our operator takes them."""
+        return partial(self.call, "torch")
+
+
+def runs_of(qkv: Tensor, lengths: tuple[int, ...]) -> Runs:
+    """As many segments of each length as there are clips."""
+    return [(len(qkv) // sum(lengths), length) for length in lengths]
+
+
+def _attention(place: str, lengths: tuple[int, ...], width: int, *, trained: bool, heads: int = HEADS) -> Case:
     def inputs(clips: int, device: torch.device) -> list[Tensor]:
-        shape = (clips * sum(lengths), 3, HEADS, width)
+        shape = (clips * sum(lengths), 3, heads, width)
         return [torch.randn(shape, dtype=torch.bfloat16, device=device, requires_grad=trained)]
-
-    def runs(qkv: Tensor) -> Runs:
-        return [(len(qkv) // sum(lengths), length) for length in lengths]
 
     return Case(
         f"packed_attention, {place}",
+        torch.bfloat16,
+        f"{shape_class(max(lengths))}x{width}",
         inputs,
-        lambda qkv: kernels.packed_attention(qkv, runs(qkv), backend="triton"),
-        lambda qkv: kernels.naive_packed_attention(qkv, runs(qkv)),
+        lambda backend, qkv: kernels.packed_attention(qkv, runs_of(qkv, lengths), backend=backend),
+        lambda qkv: kernels.naive_packed_attention(qkv, runs_of(qkv, lengths)),
+        lengths,
     )
 
 
-def _cls_attention(place: str, length: int, *, trained: bool = False) -> Case:
+def _cls_attention(place: str, length: int, *, trained: bool = False, heads: int = HEADS) -> Case:
     def inputs(clips: int, device: torch.device) -> list[Tensor]:
-        shape = (clips * length, 3, HEADS, WIDTH // HEADS)
+        shape = (clips * length, 3, heads, WIDTH // HEADS)
         return [torch.randn(shape, dtype=torch.bfloat16, device=device, requires_grad=trained)]
 
     return Case(
         f"cls_attention, {place}",
+        torch.bfloat16,
+        f"{shape_class(length)}x{WIDTH // HEADS}",
         inputs,
-        lambda qkv: kernels.cls_attention(qkv, [(len(qkv) // length, length)], backend="triton"),
-        lambda qkv: kernels.naive_cls_attention(qkv, [(len(qkv) // length, length)]),
+        lambda backend, qkv: kernels.cls_attention(qkv, runs_of(qkv, (length,)), backend=backend),
+        lambda qkv: kernels.naive_cls_attention(qkv, runs_of(qkv, (length,))),
     )
 
 
@@ -76,8 +104,10 @@ def _residual_layer_norm(place: str, tokens: int, width: int) -> Case:
 
     return Case(
         f"residual_layer_norm, {place}",
+        torch.float32,
+        str(width),
         inputs,
-        lambda *x: kernels.residual_layer_norm(*x, 1e-5, dtype=torch.bfloat16, backend="triton"),
+        lambda backend, *x: kernels.residual_layer_norm(*x, 1e-5, dtype=torch.bfloat16, backend=backend),
         lambda *x: kernels.naive_residual_layer_norm(*x, 1e-5, torch.bfloat16),
     )
 
@@ -89,8 +119,10 @@ def _bias_gelu(place: str, tokens: int, width: int) -> Case:
 
     return Case(
         f"bias_gelu, {place}",
+        torch.bfloat16,
+        str(width),
         inputs,
-        lambda h, bias: kernels.bias_gelu(h, bias, backend="triton"),
+        lambda backend, h, bias: kernels.bias_gelu(h, bias, backend=backend),
         kernels.naive_bias_gelu,
     )
 
@@ -108,9 +140,11 @@ def _gather(place: str, size: tuple[int, ...], patch: tuple[int, ...], keep: int
 
     return Case(
         f"gather_patches, {place}",
+        torch.bfloat16 if video else torch.float32,
+        str(math.prod(patch) * (size[-1] if video else 1)),
         inputs,
-        lambda clip, ids: kernels.gather_patches(clip, ids, patch, *affine, dtype=torch.bfloat16, backend="triton"),
-        lambda clip, ids: kernels.naive_gather_patches(clip, ids, patch, *affine, dtype=torch.bfloat16),
+        lambda backend, *x: kernels.gather_patches(*x, patch, *affine, dtype=torch.bfloat16, backend=backend),
+        lambda *x: kernels.naive_gather_patches(*x, patch, *affine, dtype=torch.bfloat16),
     )
 
 
@@ -136,4 +170,13 @@ FURTHER = (
     *(_attention(f"head width {width}", (50, 200), width, trained=True) for width in (16, 24, 128)),
     _cls_attention("trained", 141, trained=True),
     _residual_layer_norm("large", 254, 1024),
+)
+
+# The same operators so small that the interpreter is soon done with them.
+SMALL = (
+    _attention("small", (5, 20), 16, trained=True, heads=2),
+    _cls_attention("small", 9, heads=2),
+    _residual_layer_norm("small", 7, 24),
+    _bias_gelu("small", 7, 48),
+    _gather("small video", (4, 32, 32, 3), VIDEO_PATCH, 2, 4),
 )

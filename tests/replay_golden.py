@@ -155,11 +155,11 @@ def replay(
 ) -> Errors:
     """Recompute the three steps of a golden file and compare everything it holds.
 
-    Kernels: who computes the fast model's attention, "torch" or "triton".
+    Kernels: who computes the fast model's operators, attention among them: "torch" or "triton".
     """
     errors, settings = Errors(), golden.settings
     attention = "triton" if kernels == "triton" else "auto"
-    options = replace(golden.options(), implementation=implementation, attention=attention)
+    options = replace(golden.options(), implementation=implementation, attention=attention, kernels=kernels)
     model = reference.XKD(options) if implementation == "reference" else build_model(options, seed=0)
     model.load_state_dict(from_released(golden.group("init.")))
     model.to(dtype)
@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--kernels",
         choices=("torch", "triton"),
         default="torch",
-        help="who computes the fast model's attention; triton needs float32, and without a GPU TRITON_INTERPRET=1",
+        help="who computes the fast model's operators; triton needs float32, and without a GPU TRITON_INTERPRET=1",
     )
     parser.add_argument(
         "--tolerance",

@@ -42,7 +42,7 @@ def test_gpu_script_runs_to_its_end_without_a_gpu(tmp_path: Path) -> None:
     command = ["bash", "benchmarks/gpu.sh", "--smoke"]
     done = subprocess.run(command, cwd=ROOT, env=without(tmp_path, ABSENT), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert done.stdout.count(" passed") == 2 and "peak memory" in done.stdout
+    assert done.stdout.count(" passed") == 4 and "peak memory" in done.stdout and "bias_gelu, small, backward: " in done.stdout
     rows = [line for line in done.stdout.splitlines() if " tiny, " in line and "× reference" in line and "× strong" in line]
     assert len(rows) == 6 and done.stdout.rstrip().endswith(rows[-1])
     assert times() == before
@@ -51,21 +51,30 @@ def test_gpu_script_runs_to_its_end_without_a_gpu(tmp_path: Path) -> None:
 def test_gpu_script_with_a_gpu(tmp_path: Path) -> None:
     """Red if it then leaves out the kernels, measures at tiny sizes, sets no deadline, or hides a failure."""
     stub = tmp_path / "python"
-    stub.write_text('#!/bin/bash\necho "$XKD_BENCHMARK_SECONDS|$*"\n[[ $* != *test_graphs* ]]\n')
+    stub.write_text('#!/bin/bash\necho "$XKD_BENCHMARK_SECONDS|$XKD_BENCHMARK_TUNE|$*"\n[[ $* != *test_graphs* ]]\n')
     stub.chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name != "XKD_BENCHMARK_SECONDS"}
     command, environment = ["bash", "benchmarks/gpu.sh"], {**environment, "PYTHON": str(stub)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    tests, step, last = done.stdout.splitlines()[2:]
+    tests, *benches, last = done.stdout.splitlines()[2:]
     assert done.returncode == 1, done.stderr
     assert "tests/kernels" in tests and "tests/model/test_attention.py" in tests and "--benchmark" not in tests
-    assert 400 < int(step.split("|")[0]) <= 420 and "benchmarks/test_step.py" in step and "--benchmark" in step
+    assert all(400 < int(bench.split("|")[0]) <= 420 and "--benchmark" in bench for bench in benches)
+    step, kernels, rest = (bench.split("|")[2] for bench in benches)
+    assert step.split("benchmarks/")[1:] == ["test_step.py -k xkd-bfloat16 --benchmark"]
+    assert kernels.split("benchmarks/")[1:] == ["test_kernels.py ", "test_attention.py --benchmark"]
+    assert rest.split("benchmarks/")[1:] == ["test_step.py -k not xkd-bfloat16 --benchmark"]
     assert "-m benchmarks.table 1" in last
+    done = subprocess.run([*command, "--tune"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    tests, bench = done.stdout.splitlines()[2:]
+    assert done.returncode == 0 and "tests/kernels" in tests and "test_graphs" not in tests
+    assert "|1|" in bench and "benchmarks/test_kernels.py --benchmark" in bench
 
 
 def test_benchmarks_need_no_numpy(tmp_path: Path) -> None:
     """Red if what a GPU's bare checkout runs imports it, or anything else that is not there."""
     environment = {**without(tmp_path, (*ABSENT, "numpy")), "XKD_BENCHMARK_SECONDS": "0"}
+    environment["TRITON_INTERPRET"] = "0"  # as with a GPU: it is the interpreter that needs numpy
     command = [
         sys.executable,
         "-m",
@@ -127,13 +136,19 @@ def test_too_little_memory_is_a_result(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(not memory.CLEAR.exists(), reason="this system does not tell")
 def test_peak_memory_is_that_of_the_work_alone() -> None:
-    """Red if what was freed before counts, or what was freed since does not."""
-    del (earlier := [torch.ones(2**26)])[:]
-    watched = memory.PeakMemory(CPU)
-    first = torch.ones(2**23)
-    del first
-    second = torch.ones(2**22)
-    assert watched.bytes() == pytest.approx(2**25, abs=2**21), (earlier, second.shape)
+    """Red if what was freed before counts, or what was freed since does not (in a process whose heap has no holes yet)."""
+    script = """
+import torch
+from benchmarks import memory
+del (earlier := [torch.ones(2**26)])[:]
+watched = memory.PeakMemory(torch.device("cpu"))
+first = torch.ones(2**25)
+del first
+second = torch.ones(2**24)
+print(watched.bytes())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert int(done.stdout) == pytest.approx(2**27, abs=2**22), done.stderr
 
 
 def test_contestants_begin_alike() -> None:

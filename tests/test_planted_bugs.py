@@ -139,6 +139,7 @@ class FastBug(NamedTuple):
 
 
 FAST_MODULES = (
+    "kernels",
     "packing",
     "attention",
     "layers",
@@ -152,7 +153,7 @@ FAST_MODULES = (
 )  # as imported
 SOFTMAX: dict[str, object] = {"refinement": "softmax"}
 FAST_BUGS = {
-    "clips that take each other's patches": FastBug("tokens", {"rest = ids\n": "rest = ids.flip(0)\n"}),
+    "clips that take each other's patches": FastBug("tokens", {"kernel_gather(clip, ids,": "kernel_gather(clip, ids.flip(0),"}),
     "positions of the first patches for the visible ones": FastBug(
         "tokens", {"F.embedding(visible, table[0])": "table[:, : visible.shape[1]]"}
     ),
@@ -161,9 +162,11 @@ FAST_BUGS = {
         "packing",
         {"view(batch, length, 3, heads, -1).permute(2, 0": "view(batch, length, heads, 3, -1).transpose(2, 3).permute(2, 0"},
     ),
-    "MLP without its residual": FastBug("vit", {"return x + gelu_linear(": "return gelu_linear("}),
+    "MLP without its residual": FastBug("packing", {"x if branch is None else x + branch": "x if branch is None else branch"}),
     "recomputed norm not divided": FastBug("layers", {"(x - mean) * inverse_deviation, gain)": "(x - mean), gain)"}),
-    "GELU's derivative left out": FastBug("layers", {"torch.ops.aten.gelu_backward(to_activated, h)": "to_activated"}),
+    "GELU's derivative left out": FastBug(
+        "layers", {"torch.ops.aten.gelu_backward(_input_gradient(gradient, weight), h)": "_input_gradient(gradient, weight)"}
+    ),
     "scores' scale lost in the backward pass": FastBug(
         "attention", {"to_scores.mul_(q.shape[-1] ** -0.5)": "to_scores"}, {"attention": "recompute"}
     ),

@@ -198,12 +198,14 @@ def make_ready(config: Config) -> None:
     from xkd_fast.data.rendered import ensure_rendered
     from xkd_fast.engine.metrics import require_wandb
     from xkd_fast.model.attention import choose
+    from xkd_fast.model.kernels import require_kernels
     from xkd_fast.model.vit import require_compiler
 
     if config.log.wandb:
         require_wandb()
     if config.model.implementation == "fast":
         choose(config.model.attention)
+        require_kernels(config.model.kernels)
     if config.model.compile:
         require_compiler()
     if not config.data.train:
@@ -214,10 +216,16 @@ def describe(
     config: Config, engine: Engine, world_size: int, pipeline: ViewPipeline, schedule: Schedule, resumed: Path | None
 ) -> str:
     """What is about to happen, in a few lines."""
+    import torch
+
+    from xkd_fast.model.kernels import described
+
     train, model = config.train, config.model
     clips, accumulation = train.clips_per_pass(world_size), train.accumulation(world_size)
     attention = getattr(engine.module, "attention", None)
     choices = [f"attention: {attention.name}, {attention.reason}"] if attention else []
+    if attention:
+        choices += described(model, engine.device, getattr(torch, train.precision))
     machine = f"{world_size} × {engine.device.type}, {train.precision}, ZeRO {train.zero_stage}"
     lines = [
         f"{model.variant} ({model.implementation}) on {machine}",

@@ -86,8 +86,8 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: str, 
     name, kind = torch.cuda.get_device_name(device), str(dtype).removeprefix("torch.")
     fastest = measured().get(name, {}).get(operator, {}).get(kind, {}).get(shape)
     if fastest is None:
-        return Choice("torch", f"{operator} in {kind} at shape class {shape} has not been measured on {name}")
-    return Choice(fastest, f"measured to be the fastest on {name} in {kind} at shape class {shape}")
+        return Choice("torch", f"the kernel has not been measured on {name} at this shape")
+    return Choice(fastest, f"measured to be the fastest on {name}")
 
 
 def backend_of(operator: str, device: torch.device, dtype: torch.dtype, shape: str, asked: str) -> str:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from xkd_kernels.backends import backend_of, shape_class
 from xkd_kernels.configurations import launch_of
-from xkd_kernels.packed_attention import LOG2_E, in_place, load_rows, store_rows
-from xkd_kernels.segments import Runs, segment_tables, split_runs
+from xkd_kernels.packed_attention import LOG2_E, checked_runs, in_place, load_rows, store_rows
+from xkd_kernels.segments import Runs, segment_tables
 
 
 def naive_cls_attention(qkv: Tensor, segments: Runs) -> Tensor:
@@ -47,9 +47,7 @@ def cls_attention(qkv: Tensor, segments: Runs, *, backend: str = "auto") -> Tens
         ValueError: segments that do not make up M tokens, or a shape other than [M, 3, h, d].
         BackendError: a backend that cannot run here.
     """
-    if qkv.ndim != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"qkv has the shape {list(qkv.shape)}, but [tokens, 3, heads, head width] is wanted")
-    counts, lengths = split_runs(segments, qkv.shape[0])
+    counts, lengths = checked_runs(qkv, segments)
     shape = f"{shape_class(max(lengths))}x{qkv.shape[-1]}"
     if backend_of("cls_attention", qkv.device, qkv.dtype, shape, backend) == "torch":
         return naive_cls_attention(qkv, segments)

@@ -85,11 +85,15 @@ def gather_patches(
             f"mean = {list(mean)} and std = {list(std)} of a clip with {channels} channels: none, or one for each "
             f"of up to {CHANNELS} channels"
         )
-    shape = str(channels * math.prod(patch))
-    kind = clip.dtype if clip.dtype.is_floating_point else dtype
-    if backend_of("gather_patches", clip.device, kind, shape, backend) == "torch":
+    if gather_backend(clip, patch, dtype, backend) == "torch":
         return _by_indexing(clip, ids, patch, mean, std, dtype)
     return gather_patches_forward(clip, ids, list(patch), list(mean), list(std), dtype)
+
+
+def gather_backend(clip: Tensor, patch: Sequence[int], dtype: torch.dtype, backend: str) -> str:
+    """Who copies such patches into ``dtype``; it is measured by the clip's type, or by the result's where that is integer."""
+    kind = clip.dtype if clip.dtype.is_floating_point else dtype
+    return backend_of("gather_patches", clip.device, kind, str(clip.shape[1] * math.prod(patch)), backend)
 
 
 def _by_indexing(
@@ -233,19 +237,9 @@ def _gather_patches_forward_kernel(
     for first in range(0, NUMBERS, BLOCK):
         numbers = first + tl.arange(0, BLOCK)
         where = _place(
-            patch,
-            numbers,
-            stride_channel,
-            stride_t,
-            stride_h,
-            stride_w,
-            DEPTH,
-            HEIGHT,
-            WIDTH,
-            GRID_ROWS,
-            GRID_COLUMNS,
-            CHANNELS,
-        )
+            patch, numbers, stride_channel, stride_t, stride_h, stride_w,
+            DEPTH, HEIGHT, WIDTH, GRID_ROWS, GRID_COLUMNS, CHANNELS,
+        )  # fmt: skip
         values = tl.load(clip + where, mask=numbers < NUMBERS, other=0).to(tl.float32)
         values *= _by_channel(numbers, scale_0, scale_1, scale_2, scale_3, CHANNELS)
         values += _by_channel(numbers, shift_0, shift_1, shift_2, shift_3, CHANNELS)
@@ -266,19 +260,9 @@ def _gather_patches_backward_kernel(
     for first in range(0, NUMBERS, BLOCK):
         numbers = first + tl.arange(0, BLOCK)
         where = _place(
-            patch,
-            numbers,
-            stride_channel,
-            stride_t,
-            stride_h,
-            stride_w,
-            DEPTH,
-            HEIGHT,
-            WIDTH,
-            GRID_ROWS,
-            GRID_COLUMNS,
-            CHANNELS,
-        )
+            patch, numbers, stride_channel, stride_t, stride_h, stride_w,
+            DEPTH, HEIGHT, WIDTH, GRID_ROWS, GRID_COLUMNS, CHANNELS,
+        )  # fmt: skip
         values = tl.load(gradient + place * NUMBERS + numbers, mask=numbers < NUMBERS, other=0.0).to(tl.float32)
         values *= _by_channel(numbers, scale_0, scale_1, scale_2, scale_3, CHANNELS)
         tl.atomic_add(to_clip + where, values, mask=numbers < NUMBERS)

@@ -59,13 +59,22 @@ def packed_attention(qkv: Tensor, segments: Runs, *, backend: str = "auto") -> T
         ValueError: segments that do not make up M tokens, or a shape other than [M, 3, h, d].
         BackendError: a backend that cannot run here.
     """
-    if qkv.ndim != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"qkv has the shape {list(qkv.shape)}, but [tokens, 3, heads, head width] is wanted")
-    counts, lengths = split_runs(segments, qkv.shape[0])
+    counts, lengths = checked_runs(qkv, segments)
     shape = f"{shape_class(max(lengths))}x{qkv.shape[-1]}"
     if backend_of("packed_attention", qkv.device, qkv.dtype, shape, backend) == "torch":
         return _by_sdpa(qkv, segments)
     return packed_attention_forward(qkv, counts, lengths)[0]
+
+
+def checked_runs(qkv: Tensor, segments: Runs) -> tuple[list[int], list[int]]:
+    """Numbers and lengths of the segments of a packed projection.
+
+    Raises:
+        ValueError: a shape other than [M, 3, h, d], or segments that do not make up M tokens.
+    """
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv has the shape {list(qkv.shape)}, but [tokens, 3, heads, head width] is wanted")
+    return split_runs(segments, qkv.shape[0])
 
 
 def _by_sdpa(qkv: Tensor, segments: Runs) -> Tensor:

@@ -8,6 +8,7 @@ CPU's fused attention, which it leaves out by itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -41,21 +42,23 @@ class Flops:
 NOTHING = Flops(0, 0)
 
 
+def _cpu_attention(q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
+    return int(sdpa_flop_count(q, k, v))
+
+
+def _cpu_attention_backward(gradient: Any, q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient, q, k, v))
+
+
+CPU_ATTENTION: dict[Any, Callable[..., int]] = {  # by the shapes of arguments and result
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+
+
 def flop_counter() -> FlopCounterMode:
     """A counter of what runs inside it."""
-    aten = torch.ops.aten
-
-    def forward(q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
-        return int(sdpa_flop_count(q, k, v))
-
-    def backward(gradient: Any, q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
-        return int(sdpa_backward_flop_count(gradient, q, k, v))
-
-    fused = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=fused)
+    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
 
 
 def linear(rows: int, inputs: int, outputs: int, *, first: bool = False) -> Flops:

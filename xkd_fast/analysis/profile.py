@@ -29,6 +29,7 @@ from xkd_fast.files import write_aside
 from xkd_fast.model.attention import Attention
 from xkd_fast.model.build import build_model, random_views
 from xkd_fast.model.components import component, listening
+from xkd_fast.model.kernels import described
 from xkd_fast.model.options import ModelOptions
 from xkd_fast.model.vit import require_compiler
 from xkd_fast.objective.losses import Losses
@@ -229,6 +230,8 @@ def profile(
         attention = getattr(step.model, "attention", None)
         if isinstance(attention, Attention):
             say(f"attention: {attention.name}, {attention.reason}")
+            for line in described(config.model, device, getattr(torch, config.train.precision)):
+                say(line)
         say(f"timing {steps} steps of {clips} clips on {device.type}, {config.train.precision}")
         step()
         if device.type == "cuda":

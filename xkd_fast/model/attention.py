@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xkd_fast.errors import UserError
+from xkd_fast.model.kernels import wants
 from xkd_fast.model.packing import Group, heads_of, joined, unpack
 from xkd_fast.model.precision import as_written
+from xkd_kernels import cls_attention, obstacle, packed_attention
+from xkd_kernels.backends import shape_class
 
 # q: [B, h, n, d], k and v: [B, h, N, d] → [B, n, h·d]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -140,31 +143,49 @@ def _xformers() -> tuple[Attend, PackedAttend]:
     return attend, attend_packed
 
 
+def by_our_kernel(qkv: Tensor, groups: Sequence[Group], heads: int) -> Tensor:
+    """Packed attention by ``xkd_kernels``, which reads the projection's output in place and takes all groups in one call."""
+    return packed_attention(qkv.view(len(qkv), 3, heads, -1), _segments(groups), backend="triton")
+
+
+def _segments(groups: Sequence[Group]) -> list[tuple[int, int]]:
+    return [(group.sequences, group.length) for group in groups]
+
+
+def _shape(groups: Sequence[Group], width: int) -> str:
+    return f"{shape_class(max(group.length for group in groups))}x{width}"
+
+
+_automatic_by_group = group_by_group(automatic)
+
+
+def automatic_packed(qkv: Tensor, groups: Sequence[Group], heads: int) -> Tensor:
+    """Our kernel where it was measured to be the fastest on this device at this shape, otherwise :func:`automatic`."""
+    if wants("packed_attention", "auto", qkv, _shape(groups, qkv.shape[-1] // (3 * heads))):
+        return by_our_kernel(qkv, groups, heads)
+    return _automatic_by_group(qkv, groups, heads)
+
+
 def _triton() -> Attention:
-    """Our own kernels, which read packed sequences in place; sdpa where there are fewer queries than keys."""
-    kernels = importlib.import_module("xkd_kernels")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    obstacle = kernels.obstacle(device, torch.bfloat16)
-    if obstacle:
-        raise UserError(f"model.attention = triton cannot run here: {obstacle}; use sdpa or auto")
-
-    def attend_packed(qkv: Tensor, groups: Sequence[Group], heads: int) -> Tensor:
-        segments = [(group.sequences, group.length) for group in groups]
-        mixed: Tensor = kernels.packed_attention(qkv.view(len(qkv), 3, heads, -1), segments, backend="triton")
-        return mixed
-
-    return Attention("triton", "asked for", sdpa, attend_packed)
+    """Our own kernels; sdpa where there are fewer queries than keys."""
+    reason = obstacle(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)
+    if reason:
+        raise UserError(f"model.attention = triton cannot run here: {reason}; use sdpa or auto")
+    return Attention("triton", "asked for", sdpa, by_our_kernel)
 
 
 def choose(name: str) -> Attention:
-    """The backend ``name``; ``auto`` takes :func:`automatic`.
+    """The backend ``name``; ``auto`` takes :func:`automatic_packed`.
 
     Raises:
         UserError: a backend that is unknown, or that cannot run here; says why, and what can.
     """
     if name == "auto":
-        reason = "but for bfloat16 on a CPU, where eager (short sequences) and recompute are measured to be faster than it"
-        return Attention("sdpa", reason, automatic, group_by_group(automatic))
+        reason = (
+            "but for bfloat16 on a CPU, where eager (short sequences) and recompute are measured to be faster than it, "
+            "and for the GPUs and lengths where our kernel is"
+        )
+        return Attention("sdpa", reason, automatic, automatic_packed)
     if name in PLAIN:
         return Attention(name, "asked for", PLAIN[name], group_by_group(PLAIN[name]))
     if name == "triton":
@@ -195,3 +216,25 @@ def patch_probabilities(q: Tensor, k: Tensor, *, has_cls: bool) -> Tensor:
     for tile in q.split(QUERY_TILE, dim=2):
         total += ((tile @ transposed) * scale).softmax(dim=-1, dtype=dtype).sum(dim=2)
     return total / q.shape[2]
+
+
+def packed_patch_probabilities(
+    qkv: Tensor, groups: Sequence[Group], heads: int, kernels: str, *, has_cls: bool
+) -> list[Tensor]:
+    """:func:`patch_probabilities` of each group of a packed projection [M, 3·h·d]: [sequences, h, N] each.
+
+    ``kernels``: who computes, as ``model.kernels`` says it; our kernel knows the CLS row only.
+    """
+    width = qkv.shape[-1] // (3 * heads)
+    if has_cls and wants("cls_attention", kernels, qkv, _shape(groups, width)):
+        looks = cls_attention(qkv.view(len(qkv), 3, heads, width), _segments(groups), backend="triton")
+        parts = looks.split([group.rows for group in groups], dim=1)
+        return [
+            part.unflatten(1, (group.sequences, group.length)).transpose(0, 1)[:, :, 1:]
+            for part, group in zip(parts, groups, strict=True)
+        ]
+    found = []
+    for part in unpack(qkv, groups):
+        q, k, _ = heads_of(part, heads)
+        found.append(patch_probabilities(q, k, has_cls=has_cls))
+    return found

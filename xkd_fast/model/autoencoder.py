@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xkd_fast.model.attention import Attend
-from xkd_fast.model.layers import norm_linear
-from xkd_fast.model.packing import Group, heads_of
-from xkd_fast.model.vit import BlockRunner, mlp
+from xkd_fast.model.layers import mlp, residual_norm_linear
+from xkd_fast.model.packing import Group, added, heads_of
+from xkd_fast.model.vit import BlockRunner
 from xkd_fast.reference import Block, Decoder
 
 
@@ -39,15 +39,16 @@ def decode_masked(decoder: Decoder, encoded: Tensor, order: Tensor, runner: Bloc
     if first:
         tokens = torch.cat([cls_token + decoder.position[:, :first], tokens], dim=1)
     length = tokens.shape[1]
-    packed = runner.blocks(decoder.blocks[:-1], tokens.view(-1, width), [Group(batch, length)])  # type: ignore[arg-type]
-    tokens = packed.view(batch, length, width)
-    return runner.compile(predict_masked)(decoder, tokens, masked, runner.attention.attend)
+    x, branch = runner.blocks(decoder.blocks[:-1], tokens.view(-1, width), [Group(batch, length)])  # type: ignore[arg-type]
+    tokens = added(x, branch).view(batch, length, width)
+    return runner.compile(predict_masked)(decoder, tokens, masked, runner.attention.attend, runner.kernels)
 
 
-def predict_masked(decoder: Decoder, tokens: Tensor, masked: int, attend: Attend) -> Tensor:
+def predict_masked(decoder: Decoder, tokens: Tensor, masked: int, attend: Attend, kernels: str) -> Tensor:
     """The decoder's last block and projection for the last ``masked`` of its tokens: [B, (1 +) N, D] → [B, masked, P]."""
     block: Block = decoder.blocks[-1]  # type: ignore[assignment]
     own = tokens[:, tokens.shape[1] - masked :]
-    q, k, v = heads_of(norm_linear(tokens, block.norm1, block.qkv), block.heads)
-    mixed = attend(q[:, :, tokens.shape[1] - masked :], k, v)
-    return decoder.project_out(mlp(block, own + block.proj(mixed)))  # type: ignore[no-any-return]
+    _, qkv = residual_norm_linear(tokens, None, block.norm1, block.qkv.weight, block.qkv.bias, kernels)
+    q, k, v = heads_of(qkv, block.heads)
+    branch = block.proj(attend(q[:, :, tokens.shape[1] - masked :], k, v))
+    return decoder.project_out(added(*mlp(own, branch, block.norm2, block.fc1, block.fc2, kernels)))  # type: ignore[no-any-return]

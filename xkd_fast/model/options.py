@@ -304,6 +304,11 @@ class ModelOptions:
     attention: Literal["auto", "sdpa", "recompute", "triton", "xformers", "eager"] = option(
         "auto", "attention of the fast implementation; auto chooses and says why"
     )
+    kernels: Literal["auto", "triton", "torch"] = option(
+        "auto",
+        "who computes residual sums with norms, GELU, patches and the teachers' CLS attention of the fast implementation: our "
+        "Triton kernels or PyTorch; auto takes what was measured to be faster on the device",
+    )
     compile: bool = option(False, "pass the fast implementation's blocks through torch.compile")
     checkpointing: bool = option(
         False, "keep only each block's input and compute the block again in the backward pass: less memory, more time"

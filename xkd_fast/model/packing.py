@@ -40,6 +40,11 @@ def unpack(packed: Tensor, groups: Sequence[Group]) -> list[Tensor]:
     return [part.view(group.sequences, group.length, -1) for part, group in zip(parts, groups, strict=True)]
 
 
+def added(x: Tensor, branch: Tensor | None) -> Tensor:
+    """A stream and the branch that is still to be added to it; None = nothing."""
+    return x if branch is None else x + branch
+
+
 def joined(rows: Sequence[Tensor]) -> Tensor:
     """Matrices of one width below each other, [M, D]; a single one as it is."""
     return torch.cat(list(rows)) if len(rows) > 1 else rows[0]

@@ -5,6 +5,7 @@ Legend: B clips, n tokens, D width, P numbers of a patch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from xkd_fast.data.views import Views
 from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
+from xkd_fast.model.precision import product_dtype
 from xkd_fast.reference import Encoder, interpolate_position, normalised_pixels, patchify
+from xkd_kernels import gather_patches as kernel_gather
+from xkd_kernels.gather_patches import gather_backend
 
 
 def check_views(views: Views, options: ModelOptions) -> None:
@@ -36,67 +40,67 @@ def check_views(views: Views, options: ModelOptions) -> None:
             raise ValueError(f"views.{name} holds {len(getattr(views, name))} views, but the model's options say {count}")
 
 
-def gather_patches(clip: Tensor, ids: Tensor, options: VideoOptions | AudioOptions) -> Tensor:
+def gather_patches(
+    clip: Tensor, ids: Tensor, options: VideoOptions | AudioOptions, *, kernels: str, dtype: torch.dtype | None = None
+) -> Tensor:
     """The patches ``ids`` of each clip, copied straight out of it; the other patches are never touched.
 
     Args:
         clip: video [B, C, T, H, W] or audio [B, 1, F, T], of any strides; a video of uint8 is normalised after the copy.
         ids: [B, n] token numbers in grid order.
         options: the patches' extent, and the pixels' mean and deviation.
+        kernels: who computes, as ``model.kernels`` says it.
+        dtype: of the result; None = that of the clip, float32 where it is uint8.
 
     Returns:
         [B, n, P], numbers in the order of ``reference.patchify``.
     """
-    patch = options.patch
-    axes = len(patch)
-    split, grid = list(clip.shape[:2]), [size // extent for size, extent in zip(clip.shape[2:], patch, strict=True)]
-    for length, extent in zip(grid, patch, strict=True):
-        split += [length, extent]
-    cells = clip.reshape(split).permute(0, *range(2, 2 + 2 * axes, 2), *range(3, 3 + 2 * axes, 2), 1)
-    coordinates = []
-    rest = ids
-    for length in reversed(grid):
-        coordinates.append(rest % length)
-        rest = rest.div(length, rounding_mode="floor")
-    clips = torch.arange(len(clip), device=clip.device).unsqueeze(1)
-    return _normalised(cells[(clips, *reversed(coordinates))], options).flatten(2)
+    is_raw = isinstance(options, VideoOptions) and clip.dtype == torch.uint8
+    affine = (options.pixel_mean, options.pixel_std) if is_raw else ((), ())  # type: ignore[union-attr]
+    return kernel_gather(clip, ids, options.patch, *affine, dtype=dtype or _own_dtype(clip), backend=kernels)
 
 
-def all_patches(clip: Tensor, options: VideoOptions | AudioOptions) -> Tensor:
+def all_patches(clip: Tensor, options: VideoOptions | AudioOptions, *, kernels: str, dtype: torch.dtype) -> Tensor:
     """Every patch of a clip, [B, N, P], as :func:`gather_patches` gives them."""
+    if gather_backend(clip, options.patch, dtype, kernels) == "triton":
+        count = math.prod(size // extent for size, extent in zip(clip.shape[2:], options.patch, strict=True))
+        ids = torch.arange(count, device=clip.device).expand(len(clip), -1)
+        return gather_patches(clip, ids, options, kernels="triton", dtype=dtype)
     patches = patchify(clip, options.patch)
-    return _normalised(patches.unflatten(-1, (-1, clip.shape[1])), options).flatten(2)
+    if isinstance(options, VideoOptions):
+        patches = normalised_pixels(patches.unflatten(-1, (-1, clip.shape[1])), options, axis=-1).flatten(2)
+    return patches.to(dtype)
 
 
-def _normalised(patches: Tensor, options: VideoOptions | AudioOptions) -> Tensor:
-    """Patches whose last axis is the channels', ready for the model."""
-    return normalised_pixels(patches, options, axis=-1) if isinstance(options, VideoOptions) else patches
+def _own_dtype(clip: Tensor) -> torch.dtype:
+    return torch.float32 if clip.dtype == torch.uint8 else clip.dtype
 
 
-def embed(encoder: Encoder, clips: Sequence[Tensor], visible: Tensor | None) -> list[Tensor]:
+def embed(encoder: Encoder, clips: Sequence[Tensor], visible: Tensor | None, *, kernels: str) -> list[Tensor]:
     """Tokens of several clips of one modality, embedded by one matrix product.
 
     Args:
         encoder: the embedding, positions and CLS token to use.
         clips: clips of one modality; sizes may differ.
         visible: [B, keep] tokens to take of the first clip; None = all.
+        kernels: who copies patches, as ``model.kernels`` says it.
 
     Returns:
         One [B, (1 +) n, D] per clip.
     """
     first, width = int(encoder.has_cls), encoder.position.shape[-1]
-    table = encoder.position[:, first:]
+    table, dtype = encoder.position[:, first:], product_dtype(encoder.position)  # patches enter a matrix product
     resampled: dict[tuple[int, ...], Tensor] = {}  # views of one shape share a table
     patches, positions = [], []
     for index, clip in enumerate(clips):
         if index == 0 and visible is not None:
-            patches.append(gather_patches(clip, visible, encoder.clip))
+            patches.append(gather_patches(clip, visible, encoder.clip, kernels=kernels, dtype=dtype))
             positions.append(F.embedding(visible, table[0]))
         else:
             grid = tuple(size // extent for size, extent in zip(clip.shape[2:], encoder.patch, strict=True))
             if grid not in resampled:
                 resampled[grid] = interpolate_position(table, encoder.grid, grid)
-            patches.append(all_patches(clip, encoder.clip))
+            patches.append(all_patches(clip, encoder.clip, kernels=kernels, dtype=dtype))
             positions.append(resampled[grid])
     rows = encoder.patch_embedding(torch.cat([part.flatten(0, 1) for part in patches]))
     embedded = []

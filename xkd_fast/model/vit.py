@@ -10,35 +10,43 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xkd_fast.errors import UserError
-from xkd_fast.model.attention import Attention, PackedAttend, patch_probabilities
-from xkd_fast.model.layers import gelu_linear, norm_linear
-from xkd_fast.model.packing import Group, heads_of, unpack
+from xkd_fast.model.attention import Attention, PackedAttend, packed_patch_probabilities
+from xkd_fast.model.layers import mlp, residual_norm_linear
+from xkd_fast.model.packing import Group, added
 from xkd_fast.reference import Block
 
 BACKEND = "inductor"  # of torch.compile
 PROGRAMS = 64  # compiled programs per function at most
 
 
-def mlp(block: Block, x: Tensor) -> Tensor:
-    """The second half of a block, any leading shape."""
-    return x + gelu_linear(norm_linear(x, block.norm2, block.fc1), block.fc2)
+def run_block(
+    block: Block, x: Tensor, branch: Tensor | None, groups: Sequence[Group], attend: PackedAttend, kernels: str
+) -> tuple[Tensor, Tensor]:
+    """A block on packed tokens [M, D], in two parts that are still to be added: the stream, and the MLP's branch.
 
-
-def run_block(block: Block, x: Tensor, groups: Sequence[Group], attend: PackedAttend) -> Tensor:
-    """A block on packed tokens [M, D]."""
-    return mlp(block, x + block.proj(attend(norm_linear(x, block.norm1, block.qkv), groups, block.heads)))
+    What enters it is in two parts too (the branch of the first block is None), because a sum and the norm that follows it are
+    one operator.
+    """
+    x, qkv = residual_norm_linear(x, branch, block.norm1, block.qkv.weight, block.qkv.bias, kernels)
+    branch = block.proj(attend(qkv, groups, block.heads))
+    return mlp(x, branch, block.norm2, block.fc1, block.fc2, kernels)
 
 
 def run_last_block(
-    block: Block, x: Tensor, groups: Sequence[Group], attend: PackedAttend, *, has_cls: bool
+    block: Block,
+    x: Tensor,
+    branch: Tensor | None,
+    groups: Sequence[Group],
+    attend: PackedAttend,
+    kernels: str,
+    *,
+    has_cls: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """A block on packed tokens, and each group's probabilities of the patches, [sequences, h, N]."""
-    qkv = norm_linear(x, block.norm1, block.qkv)
-    probabilities = []
-    for part in unpack(qkv, groups):
-        q, k, _ = heads_of(part, block.heads)
-        probabilities.append(patch_probabilities(q, k, has_cls=has_cls))
-    return mlp(block, x + block.proj(attend(qkv, groups, block.heads))), probabilities
+    """A block on packed tokens, whole, and each group's probabilities of the patches, [sequences, h, N]."""
+    x, qkv = residual_norm_linear(x, branch, block.norm1, block.qkv.weight, block.qkv.bias, kernels)
+    probabilities = packed_patch_probabilities(qkv, groups, block.heads, kernels, has_cls=has_cls)
+    branch = block.proj(attend(qkv, groups, block.heads))
+    return added(*mlp(x, branch, block.norm2, block.fc1, block.fc2, kernels)), probabilities
 
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -63,16 +71,17 @@ def require_compiler() -> None:
 
 
 class BlockRunner:
-    """How blocks are run: with which attention, compiled or not, keeping their insides for the backward pass or not.
+    """How blocks are run: with which attention and kernels, compiled or not, their insides kept for the backward pass or not.
 
     Args:
         attention: its backend.
+        kernels: who computes everything else, as ``model.kernels`` says it.
         compiled: pass every function through ``torch.compile``. All blocks of one kind and token count share the result.
         checkpointed: keep only what enters a block and compute the block again in the backward pass.
     """
 
-    def __init__(self, attention: Attention, *, compiled: bool, checkpointed: bool) -> None:
-        self.attention, self.checkpointed, self._compiled = attention, checkpointed, compiled
+    def __init__(self, attention: Attention, kernels: str, *, compiled: bool, checkpointed: bool) -> None:
+        self.attention, self.kernels, self.checkpointed, self._compiled = attention, kernels, checkpointed, compiled
         self._programs: dict[Callable[..., object], Callable[..., object]] = {}
         if compiled:  # one program per token count, with and without gradient: more than the default admits
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PROGRAMS)
@@ -87,16 +96,20 @@ class BlockRunner:
             self._programs[function] = torch.compile(function, dynamic=False, fullgraph=True, backend=BACKEND)
         return self._programs[function]  # type: ignore[return-value]
 
-    def blocks(self, blocks: Sequence[nn.Module], x: Tensor, groups: Sequence[Group]) -> Tensor:
-        """A stack of blocks on packed tokens [M, D]."""
-        attend = self.attention.attend_packed
+    def blocks(self, blocks: Sequence[nn.Module], x: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Tensor | None]:
+        """A stack of blocks on packed tokens [M, D]; the stream and a branch that is still to be added to it, as of a block."""
+        branch: Tensor | None = None
+        how = (groups, self.attention.attend_packed, self.kernels)
         for block in blocks:
-            if self.checkpointed and torch.is_grad_enabled():
-                x = checkpoint(self.block, block, x, groups, attend, use_reentrant=False, preserve_rng_state=False)
+            if self.checkpointed and torch.is_grad_enabled():  # added before, so that one matrix is kept and not two
+                x, branch = added(x, branch), None
+                x, branch = checkpoint(self.block, block, x, branch, *how, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self.block(block, x, groups, attend)  # type: ignore[arg-type]
-        return x
+                x, branch = self.block(block, x, branch, *how)  # type: ignore[arg-type]
+        return x, branch
 
-    def last_block(self, block: Block, x: Tensor, groups: Sequence[Group], *, has_cls: bool) -> tuple[Tensor, list[Tensor]]:
-        """:func:`run_last_block` with this attention."""
-        return self._last_block(block, x, groups, self.attention.attend_packed, has_cls=has_cls)
+    def last_block(
+        self, block: Block, x: Tensor, branch: Tensor | None, groups: Sequence[Group], *, has_cls: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """:func:`run_last_block` with this attention and these kernels."""
+        return self._last_block(block, x, branch, groups, self.attention.attend_packed, self.kernels, has_cls=has_cls)

@@ -17,8 +17,9 @@ from xkd_fast.model.autoencoder import decode_masked
 from xkd_fast.model.components import component
 from xkd_fast.model.graphs import RecordedPass, Recorder, record
 from xkd_fast.model.half import HalfCopy
+from xkd_fast.model.kernels import require_kernels
 from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
-from xkd_fast.model.packing import Group, pack, unpack
+from xkd_fast.model.packing import Group, added, pack, unpack
 from xkd_fast.model.precision import as_written
 from xkd_fast.model.refine import refined_mean, refinement_weights
 from xkd_fast.model.streams import SideStream
@@ -35,7 +36,8 @@ class XKD(reference.XKD):
     def __init__(self, options: ModelOptions) -> None:
         super().__init__(options)
         self.attention = choose(options.attention)
-        self.runner = BlockRunner(self.attention, compiled=options.compile, checkpointed=options.checkpointing)
+        require_kernels(options.kernels)
+        self.runner = BlockRunner(self.attention, options.kernels, compiled=options.compile, checkpointed=options.checkpointing)
         self._half: HalfCopy | None = None
         self._recorded: RecordedPass | None = None
 
@@ -91,11 +93,12 @@ class XKD(reference.XKD):
 
     def encode_students(self, clips: dict[str, list[Tensor]], order: dict[str, Tensor]) -> dict[str, list[Tensor]]:
         """Both students on all their views, the first one masked: [B, (1 +) n, D] per view and modality."""
-        embedded = {m: embed(self.student(m).encoder, clips[m], visible=order[m][:, : self.keep(m)]) for m in MODALITIES}
+        visible, kernels = {m: order[m][:, : self.keep(m)] for m in MODALITIES}, self.options.kernels
+        embedded = {m: embed(self.student(m).encoder, clips[m], visible=visible[m], kernels=kernels) for m in MODALITIES}
         encoded: dict[str, list[Tensor]] = {}
         for together in self.passes("student"):
             x, groups = pack([tokens for m in together for tokens in embedded[m]])
-            x = self.runner.blocks(self.student(together[0]).encoder.blocks, x, groups)  # type: ignore[arg-type]
+            x = added(*self.runner.blocks(self.student(together[0]).encoder.blocks, x, groups))  # type: ignore[arg-type]
             rows = x.split([sum(tokens.shape[0] * tokens.shape[1] for tokens in embedded[m]) for m in together])
             for modality, part in zip(together, rows, strict=True):
                 normed = self.student(modality).encoder.norm(part)
@@ -114,12 +117,12 @@ class XKD(reference.XKD):
         tokens, attention, logits, weights = {}, {}, {}, {}
         teachers = self.teachers_for(clips["video"].device)
         for together in self.passes("teacher"):
-            embedded = [embed(teachers[m].encoder, [clips[m]], visible=None)[0] for m in together]
+            embedded = [embed(teachers[m].encoder, [clips[m]], visible=None, kernels=self.options.kernels)[0] for m in together]
             x, groups = pack(embedded)
             blocks = teachers[together[0]].encoder.blocks
-            x = self.runner.blocks(blocks[:-1], x, groups)  # type: ignore[arg-type]
+            x, branch = self.runner.blocks(blocks[:-1], x, groups)  # type: ignore[arg-type]
             last: Block = blocks[-1]  # type: ignore[assignment]
-            x, probabilities = self.runner.last_block(last, x, groups, has_cls=self.options.cls_token)
+            x, probabilities = self.runner.last_block(last, x, branch, groups, has_cls=self.options.cls_token)
             if len(probabilities) < len(together):  # both modalities of equal length share a group
                 probabilities = list(probabilities[0].split([len(part) for part in embedded]))
             rows = x.split([part.shape[0] * part.shape[1] for part in embedded])
@@ -154,6 +157,7 @@ class XKD(reference.XKD):
     ) -> Losses:
         """The reference's objectives, given predictions [B, N − keep, P] and targets of masked patches alone."""
         options: dict[str, VideoOptions | AudioOptions] = {"video": self.options.video, "audio": self.options.audio}
-        targets = {m: gather_patches(clips[m][0], order[m][:, self.keep(m) :], options[m]) for m in MODALITIES}
+        kernels = self.options.kernels
+        targets = {m: gather_patches(clips[m][0], order[m][:, self.keep(m) :], options[m], kernels=kernels) for m in MODALITIES}
         recon = {m: patch_error(predicted[m], targets[m]) for m in MODALITIES}
         return self.combine(recon, student, teacher, weights)

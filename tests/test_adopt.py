@@ -1,0 +1,91 @@
+"""What `auto` takes follows the committed measurements."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import adopt, record, tuning
+from xkd_kernels import configurations
+from xkd_kernels.configurations import Launch
+
+DEFAULT, FASTER, SLOWER = ({"meta": {"ROWS": rows}, "warps": 4, "stages": 2} for rows in (8, 16, 32))
+
+
+def row(shape: str, **seconds: tuple[float, ...]) -> dict[str, Any]:
+    """A measured case: seconds of the passes, by contestant."""
+    ways = ("forward", "backward")[: len(next(iter(seconds.values())))]
+    passes = {way: {name: {"median": times[i]} for name, times in seconds.items()} for i, way in enumerate(ways)}
+    return {"operator": "bias_gelu", "dtype": "bfloat16", "shape": shape, "seconds": passes, "launches": []}
+
+
+def test_the_committed_tables_are_those_of_the_committed_results() -> None:
+    """Red if a measurement is committed without `python -m benchmarks.adopt`, or a table is written by hand."""
+    for path, table in adopt.tables(Path(record.__file__).parent / "results").items():
+        assert path.read_text() == adopt.text(table)
+
+
+def test_triton_wins_where_both_passes_together_are_the_fastest(tmp_path: Path) -> None:
+    """Red if one pass alone decides, a rival is forgotten, or a device's results count for another."""
+    one = [
+        row("768", fused=(2.0, 1.0), torch=(1.0, 3.0), flash=(2.0, 2.0)),
+        row("384", fused=(1.0, 3.0), torch=(2.0, 3.0), compiled=(2.0, 1.0)),
+        row("192", fused=(1.0,), torch=(0.9,)),
+    ]
+    other = [row("768", fused=(2.0, 2.0), torch=(1.0, 1.0))]
+    for name, rows in (("kernels_one", one), ("kernels_other", other), ("step", [])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"gpu": name, "rows": rows}))
+    found = adopt.tables(tmp_path)[adopt.MEASURED]
+    chosen = {"768": "triton", "384": "torch", "192": "torch"}
+    assert found == {
+        "kernels_one": {"bias_gelu": {"bfloat16": chosen}},
+        "kernels_other": {"bias_gelu": {"bfloat16": {"768": "torch"}}},
+    }
+
+
+@pytest.mark.parametrize(("seconds", "adopted"), [((1.0, 0.5, 2.0), True), ((1.0, 0.99, 2.0), False)])
+def test_a_launch_is_taken_up_where_it_is_faster_than_noise(seconds: tuple[float, ...], adopted: bool) -> None:
+    """Red if the default is replaced by nothing better, or the table is not what launches are made from."""
+    tried = [{**launch, "seconds": time} for launch, time in zip((DEFAULT, FASTER, SLOWER), seconds, strict=True)]
+    launched = {"kernel": "bias_gelu_forward", "dtype": "bfloat16", "shape": "3072", "tried": tried}
+    found = adopt.launches([{"gpu": "H", "rows": [{"launches": [launched]}]}])
+    assert found == ({"H": {"bias_gelu_forward": {"bfloat16": {"3072": FASTER}}}} if adopted else {})
+    if adopted:
+        assert Launch(**found["H"]["bias_gelu_forward"]["bfloat16"]["3072"]) == Launch({"ROWS": 16}, warps=4, stages=2)
+
+
+def test_the_search_goes_from_the_default_to_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if what is slower is kept, one thing is never tried, or a late search loses what it has."""
+    start = Launch({"ROWS": 8, "COLUMNS": 64}, warps=4, stages=2)
+    monkeypatch.setattr(tuning, "default_launch", lambda *key: start)
+    key: tuning.Key = ("a_kernel", tuning.torch.bfloat16, "64")
+
+    def seconds(launch: Launch) -> float:
+        off = abs(launch.warps - 8) + abs(launch.stages - 3) + abs(launch.meta["ROWS"] - 16) + abs(launch.meta["COLUMNS"] - 32)
+        return 1.0 + off
+
+    best, tried = tuning.tuned(key, seconds, lambda: False)
+    assert best == Launch({"ROWS": 16, "COLUMNS": 32}, warps=8, stages=3)
+    assert tried[0]["seconds"] == seconds(start) and len(tried) == 1 + 3 + 3 + 2 + 2
+    assert tuning.tuned(key, seconds, lambda: True) == (start, tried[:1])
+    assert tuning.tuned(key, lambda launch: float("inf"), lambda: False)[0] == start
+    widths = [
+        launch.meta["K_BLOCK"]
+        for step in tuning.neighbours("packed_attention_forward", Launch({"K_BLOCK": 16}))
+        for launch in step
+    ]
+    assert min(widths) == 16
+
+
+def test_chosen_launches_hold_for_their_time_only() -> None:
+    """Red if a trial launch outlives its trial, or another kernel's is taken."""
+    key, other = (("bias_gelu_forward", tuning.torch.bfloat16, width) for width in ("3072", "1536"))
+    chosen, asked = Launch({"ROWS": 1, "COLUMNS": 128}), set()
+    with tuning.launches({key: chosen}, asked):
+        assert configurations._launch(key[0], None, *key[1:]) == chosen
+        assert configurations._launch(other[0], None, *other[1:]) == configurations.default_launch(*other)
+    assert asked == {key, other}
+    assert configurations._launch(key[0], None, *key[1:]) == configurations.default_launch(*key)
