@@ -163,12 +163,12 @@ FAST_BUGS = {
         {"view(batch, length, 3, heads, -1).permute(2, 0": "view(batch, length, heads, 3, -1).transpose(2, 3).permute(2, 0"},
     ),
     "MLP without its residual": FastBug("packing", {"x if branch is None else x + branch": "x if branch is None else branch"}),
-    "recomputed norm not divided": FastBug("layers", {"(x - mean) * inverse_deviation, gain)": "(x - mean), gain)"}),
+    "recomputed norm not shifted": FastBug("layers", {"gain, shift, ctx.eps)": "gain, None, ctx.eps)"}),
     "GELU's derivative left out": FastBug(
         "layers", {"torch.ops.aten.gelu_backward(_input_gradient(gradient, weight), h)": "_input_gradient(gradient, weight)"}
     ),
     "scores' scale lost in the backward pass": FastBug(
-        "attention", {"to_scores.mul_(q.shape[-1] ** -0.5)": "to_scores"}, {"attention": "recompute"}
+        "attention", {"_scaled(to_scores @ k)": "to_scores @ k"}, {"attention": "recompute"}
     ),
     "CLS among the patches": FastBug("attention", {"dtype=dtype)[:, :, 0, 1:]": "dtype=dtype)[:, :, 0, :-1]"}),
     "a tile of queries left out": FastBug(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xkd_fast.errors import UserError
-from xkd_fast.model.attention import PLAIN, automatic, block_diagonal, choose, group_by_group
+from xkd_fast.model.attention import PLAIN, automatic, block_diagonal, choose, eager, group_by_group
 from xkd_fast.model.options import ModelOptions
 from xkd_fast.model.packing import Group, joined
 
@@ -44,6 +44,15 @@ def test_each_sequence_attends_to_itself(attend, dtype: torch.dtype, error: floa
     assert got.dtype == dtype and (got - expected).abs().max() < error * expected.abs().max()
     assert qkv.grad is not None and exact.grad is not None
     assert (qkv.grad - exact.grad).abs().max() < 2 * error * exact.grad.abs().max()
+
+
+@pytest.mark.parametrize("length", (31, 32, 33))
+def test_whole_tiles_count_no_further_keys(length: int) -> None:
+    """Red if the keys that fill a tile up take part, or a real one is left out."""
+    q, k, v = torch.randn(3, 2, HEADS, length, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = eager(q.double(), k.double(), v.double())
+    torch.testing.assert_close(automatic(q, k, v).double(), exact, rtol=1e-2, atol=4e-3)
+    assert (automatic(q[:, :, :1], k, v).double() - exact[:, :1]).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize(("dtype", "error"), ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)))

@@ -233,7 +233,7 @@ def test_the_base_models_arithmetic() -> None:
     assert total(step_flops(ModelOptions())).total < 440e9
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 0.34), (torch.bfloat16, 0.46)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 0.34), (torch.bfloat16, 0.47)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_launches_and_kept_bytes(variant: str, dtype: torch.dtype, bound: float) -> None:
     """Catches loops over parameters, views or modalities in the step, and whatever else autograd keeps in a deep model."""

@@ -49,14 +49,14 @@ class _NormLinear(torch.autograd.Function):
         with as_written(x.device):
             normed, mean, inverse_deviation = torch.native_layer_norm(x, x.shape[-1:], gain, shift, eps)
             ctx.save_for_backward(x, mean, inverse_deviation, gain, shift, weight, bias)
-            ctx.dtype = dtype
+            ctx.eps, ctx.dtype = eps, dtype
             return _linear(normed.to(dtype), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         x, mean, inverse_deviation, gain, shift, weight, bias = ctx.saved_tensors
         with as_written(x.device):
-            normed = torch.addcmul(shift, (x - mean) * inverse_deviation, gain)
+            normed, _, _ = torch.native_layer_norm(x, x.shape[-1:], gain, shift, ctx.eps)
             to_weight, to_bias = _weight_gradients(gradient, normed.to(ctx.dtype), weight, bias)
             to_x, to_gain, to_shift = torch.ops.aten.native_layer_norm_backward(
                 _input_gradient(gradient, weight).to(x.dtype), x, x.shape[-1:], mean, inverse_deviation, gain, shift, [True] * 3
