@@ -2,13 +2,15 @@
 
 Reads every ``benchmarks/results/kernels_*.json`` and writes ``kernels/xkd_kernels/measured.json`` (who computes an operator on
 which device) and ``tuned.json`` (how its kernels are launched there). Triton computes where its forward and backward pass
-together take less time than those of every rival; a launch is taken up where it was faster than the default.
+together take less time than those of every rival; a launch is taken up where it was faster than the default. Cases that share
+operator, type and shape class decide together.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,32 +20,57 @@ from benchmarks.tuning import GAIN
 from xkd_kernels.backends import MEASURED
 from xkd_kernels.configurations import TUNED
 
+Place = tuple[str, str, str, str]  # device, operator or kernel, type, shape class
 Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # by device, operator or kernel, type, shape class
 
 
 def winners(results: Iterable[dict[str, Any]]) -> Table:
     """Who computes each operator: "triton" or "torch"."""
-    found: Table = {}
+    passes: dict[Place, list[dict[str, float]]] = defaultdict(list)
     for result in results:
         for row in result["rows"]:
-            contestants = set.intersection(*(set(seconds) for seconds in row["seconds"].values()))
-            total = {name: sum(seconds[name]["median"] for seconds in row["seconds"].values()) for name in contestants}
-            fastest = min(total, key=lambda name: total[name])
-            place = found.setdefault(result["gpu"], {}).setdefault(row["operator"], {}).setdefault(row["dtype"], {})
-            place[row["shape"]] = "triton" if fastest == "fused" else "torch"
-    return found
+            place = (result["gpu"], row["operator"], row["dtype"], row["shape"])
+            for seconds in row["seconds"].values():
+                passes[place].append({name: spread["median"] for name, spread in seconds.items()})
+    totals = {place: _totals(seconds) for place, seconds in passes.items()}
+    return _table({place: "triton" if _least(total) == "fused" else "torch" for place, total in totals.items()})
 
 
 def launches(results: Iterable[dict[str, Any]]) -> Table:
     """How kernels are launched where that is not the default."""
-    found: Table = {}
+    cases: dict[Place, list[dict[str, float]]] = defaultdict(list)
     for result in results:
         for launch in (launch for row in result["rows"] for launch in row["launches"]):
-            default, best = launch["tried"][0], min(launch["tried"], key=lambda attempt: attempt["seconds"])
-            if best["seconds"] < GAIN * default["seconds"]:
-                place = found.setdefault(result["gpu"], {}).setdefault(launch["kernel"], {}).setdefault(launch["dtype"], {})
-                place[launch["shape"]] = {key: value for key, value in best.items() if key != "seconds"}
-    return found
+            place = (result["gpu"], launch["kernel"], launch["dtype"], launch["shape"])
+            cases[place].append({_written(attempt): attempt["seconds"] for attempt in launch["tried"]})
+    found: dict[Place, Any] = {}
+    for place, tried in cases.items():
+        totals, default = _totals(tried), next(iter(tried[0]))
+        if totals[best := _least(totals)] < GAIN * totals[default]:
+            found[place] = json.loads(best)
+    return _table(found)
+
+
+def _written(attempt: dict[str, Any]) -> str:
+    """A launch without its time."""
+    return json.dumps({key: value for key, value in attempt.items() if key != "seconds"}, sort_keys=True)
+
+
+def _totals(measured: list[dict[str, float]]) -> dict[str, float]:
+    """Seconds of all that share a place, by those who took part in each."""
+    took_part = set.intersection(*(set(seconds) for seconds in measured))
+    return {name: sum(seconds[name] for seconds in measured) for name in measured[0] if name in took_part}
+
+
+def _least(totals: dict[str, float]) -> str:
+    return min(totals, key=lambda name: totals[name])
+
+
+def _table(found: dict[Place, Any]) -> Table:
+    table: Table = {}
+    for (gpu, name, dtype, shape), value in found.items():
+        table.setdefault(gpu, {}).setdefault(name, {}).setdefault(dtype, {})[shape] = value
+    return table
 
 
 def tables(folder: Path) -> dict[Path, Table]:

@@ -29,17 +29,20 @@ def test_the_committed_tables_are_those_of_the_committed_results() -> None:
 
 
 def test_triton_wins_where_both_passes_together_are_the_fastest(tmp_path: Path) -> None:
-    """Red if one pass alone decides, a rival is forgotten, or a device's results count for another."""
+    """Red if one pass or case decides alone, a rival is forgotten or missing in one, or devices are mixed up."""
     one = [
         row("768", fused=(2.0, 1.0), torch=(1.0, 3.0), flash=(2.0, 2.0)),
         row("384", fused=(1.0, 3.0), torch=(2.0, 3.0), compiled=(2.0, 1.0)),
         row("192", fused=(1.0,), torch=(0.9,)),
+        row("96", fused=(1.0, 1.0), torch=(1.0, 2.0)),
+        row("96", fused=(3.0, 1.0), torch=(1.0, 1.9)),
+        row("96", fused=(1.0,), torch=(1.2,), flash=(0.1,)),
     ]
     other = [row("768", fused=(2.0, 2.0), torch=(1.0, 1.0))]
     for name, rows in (("kernels_one", one), ("kernels_other", other), ("step", [])):
         (tmp_path / f"{name}.json").write_text(json.dumps({"gpu": name, "rows": rows}))
     found = adopt.tables(tmp_path)[adopt.MEASURED]
-    chosen = {"768": "triton", "384": "torch", "192": "torch"}
+    chosen = {"768": "triton", "384": "torch", "192": "torch", "96": "triton"}
     assert found == {
         "kernels_one": {"bias_gelu": {"bfloat16": chosen}},
         "kernels_other": {"bias_gelu": {"bfloat16": {"768": "torch"}}},
@@ -55,6 +58,24 @@ def test_a_launch_is_taken_up_where_it_is_faster_than_noise(seconds: tuple[float
     assert found == ({"H": {"bias_gelu_forward": {"bfloat16": {"3072": FASTER}}}} if adopted else {})
     if adopted:
         assert Launch(**found["H"]["bias_gelu_forward"]["bfloat16"]["3072"]) == Launch({"ROWS": 16}, warps=4, stages=2)
+
+
+def test_cases_that_share_a_launch_decide_together() -> None:
+    """Red if the last one decides, or a launch that was not tried in all of them wins."""
+    slow, quick = {**FASTER, "seconds": 1.2}, {**FASTER, "seconds": 0.5}
+
+    def case(*tried: dict[str, Any]) -> dict[str, Any]:
+        default = {**DEFAULT, "seconds": 1.0}
+        return {"kernel": "bias_gelu_forward", "dtype": "bfloat16", "shape": "3072", "tried": [default, *tried]}
+
+    def found(*cases: dict[str, Any]) -> dict[str, Any]:
+        return adopt.launches([{"gpu": "H", "rows": [{"launches": [case]} for case in cases]}])
+
+    taken = {"H": {"bias_gelu_forward": {"bfloat16": {"3072": FASTER}}}}
+    assert found(case(quick), case(slow)) == found(case(slow), case(quick)) == taken
+    assert found(case(slow), case(slow), case(quick)) == taken
+    assert found(case(quick), case({**FASTER, "seconds": 1.6})) == {}
+    assert found(case(quick), case({**SLOWER, "seconds": 0.1})) == {}
 
 
 def test_the_search_goes_from_the_default_to_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
