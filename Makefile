@@ -57,12 +57,12 @@ endef
 
 # The stamp is written last: an install that was cut off leaves none, and the next one starts over (pip's cache keeps it short).
 # torch and the build tools come first, because DeepSpeed's set-up looks at them; hence no build isolation either.
-$(STAMP): setup.py pyproject.toml constraints.txt xkd_fast/__init__.py
+$(STAMP): setup.py CMakeLists.txt $(wildcard kernels/csrc/*) pyproject.toml constraints.txt xkd_fast/__init__.py
 	$(check_machine)
 	@echo "Installing into $(VENV) (some minutes the first time) ..."
 	@[ -e $@ ] || $(PYTHON) -m venv --clear $(VENV)
 	@rm -f $@
-	@$(PIP) torch setuptools wheel ninja packaging py-cpuinfo
+	@$(PIP) torch setuptools wheel ninja cmake packaging py-cpuinfo
 	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	@$(PIP) --no-build-isolation --editable ".[$(DALI),test,dev]"
 	@echo "$(CURDIR)" > $@

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from xkd_fast import reference
 from xkd_fast.data.views import MaskNoise, Views
-from xkd_fast.engine.ema import TeacherUpdate
-from xkd_fast.engine.optimizer import ClippedAdamW, group_parameters
+from xkd_fast.engine.local import LocalUpdate
+from xkd_fast.engine.updates import Torch, Update, Xkd
 from xkd_fast.model.build import build_model
 from xkd_fast.model.options import ModelOptions
 from xkd_fast.model.vit import PROGRAMS
@@ -124,22 +124,20 @@ def _blocks_without_matrix(model: reference.XKD) -> Iterator[reference.Block]:
 class FewLaunches(Contestant):
     """Multi-tensor clipping, fused AdamW and multi-tensor teachers around a model."""
 
+    update: type[Update]
+
     def __init__(self, options: ModelOptions, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(options, device, dtype)
-        groups = group_parameters(self.model.named_parameters(), WEIGHT_DECAY)
-        self.optimizer = ClippedAdamW(groups, lr=LR, betas=BETAS, eps=1e-8, clip_norm=MAX_NORM)
-        video, audio = ((self.model.student(m), self.model.teacher(m)) for m in reference.MODALITIES)
-        self.update_teachers = TeacherUpdate(video, audio)
+        update = self.update(BETAS, 1e-8)
+        self.local = LocalUpdate(self.model, update, lr=LR, weight_decay=WEIGHT_DECAY, clip_norm=MAX_NORM)
 
     def step(self, views: Views, masks: MaskNoise) -> Tensor:
         """One whole step."""
-        self.optimizer.zero_grad()
         with autocast(self.device, self.dtype):
             losses = self.model(views, masks)
         losses.total.backward()
-        self.optimizer.step()
-        self.update_teachers(MOMENTUM, MOMENTUM)
-        reference.update_centres(self.model, losses.outputs.teacher_means)
+        self.local.step(MOMENTUM, MOMENTUM)
+        self.local.follow(losses.outputs.teacher_means)
         self.terms = losses.terms()
         return self.terms["total"]
 
@@ -148,6 +146,7 @@ class Strong(FewLaunches):
     """The strong yardstick: the reference with SDPA, torch.compile on every block and few launches around it."""
 
     name = "strong"
+    update = Torch
 
     def build(self, options: ModelOptions) -> reference.XKD:
         """The reference with other blocks."""
@@ -169,6 +168,7 @@ class Fast(FewLaunches):
     """What users train with."""
 
     name = "fast"
+    update = Xkd
     choices: Mapping[str, bool] = {}
 
     def build(self, options: ModelOptions) -> reference.XKD:

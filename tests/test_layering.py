@@ -115,7 +115,7 @@ def test_the_import_reader_sees_every_form():
     """Catches a reader that misses relative or local imports: the order above would then hold for the wrong reason."""
     source = (
         "import xkd_fast.config as c\nfrom xkd_fast import errors\nfrom . import views\nfrom ..model.options import option\n"
-        "def f():\n    from xkd_fast.engine.ema import TeacherUpdate\n"
+        "def f():\n    from xkd_fast.engine.ema import Teachers\n"
         "if TYPE_CHECKING:\n    from xkd_fast.train import main\nelse:\n    import xkd_kernels\n"
     )
     known = {"xkd_fast.errors", "xkd_fast.data.views", "xkd_fast.model.options", "xkd_fast.engine.ema"}

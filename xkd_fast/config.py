@@ -99,11 +99,17 @@ class TrainOptions:
         "clips per rank and forward pass; global_batch / (micro_batch × ranks) are accumulated; null = each rank takes its "
         "share in one pass",
     )
-    precision: Literal["float32", "bfloat16"] = option(
-        "bfloat16", "precision of matrix products; bfloat16 = autocast, with float32 parameters, losses and optimiser"
+    precision: Literal["float32", "bfloat16", "float16"] = option(
+        "bfloat16",
+        "precision of matrix products; bfloat16 = autocast, with float32 parameters, losses and optimiser; float16 the same, "
+        "with dynamic loss scaling, for GPUs without bfloat16",
     )
-    zero_stage: Literal[0, 1, 2] = option(
-        1, "DeepSpeed ZeRO: 1 shares optimiser states between the ranks, 2 gradients too; 0 = off"
+    zero_stage: Literal[0, 1, 2, 3] = option(
+        1,
+        "DeepSpeed ZeRO: 1 shares optimiser states between the ranks, 2 gradients too, 3 weights too (between passes); 0 = off",
+    )
+    offload_optimizer: bool = option(
+        False, "keep optimiser states in host memory and update there; needs zero_stage 1 or more; saves GPU memory, costs time"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model lives; auto = a GPU where there is one")
     threads: int = option(0, "torch threads per process; 0 = this machine's cores shared by its processes")
@@ -118,6 +124,10 @@ class TrainOptions:
         require(
             self.micro_batch is None or self.global_batch % self.micro_batch == 0,
             f"train.global_batch = {self.global_batch} must be a multiple of train.micro_batch = {self.micro_batch}",
+        )
+        require(
+            not self.offload_optimizer or self.zero_stage > 0,
+            "train.offload_optimizer = true needs train.zero_stage = 1 or more; this run has 0",
         )
         require(0 <= self.threads <= MAX_THREADS, f"train.threads = {self.threads} must lie in 0-{MAX_THREADS}")
         require(
@@ -163,6 +173,11 @@ class OptimizerOptions:
 
     __pydantic_config__ = FORBID_EXTRA
 
+    implementation: Literal["auto", "xkd", "torch", "deepspeed_cpu", "deepspeed_fused", "apex"] = option(
+        "auto",
+        "who computes AdamW, always with the same result: xkd = this project's operator; torch, DeepSpeed's CPUAdam or "
+        "FusedAdam, NVIDIA apex's FusedAdam; auto = xkd",
+    )
     lr: float = option(1e-4, "peak learning rate for lr_batch clips per step; scaled linearly with train.global_batch")
     lr_batch: int = option(256, "clips per step that lr is meant for")
     betas: tuple[float, float] = option((0.9, 0.95), "decay of AdamW's two moments per step")
@@ -235,7 +250,16 @@ class LogOptions:
     progress: bool = option(True, "tell how the run goes, with a progress bar on a terminal; false = print nothing but errors")
     wandb: bool = option(False, "send the metrics to Weights & Biases (needs the package wandb); false = off")
 
+    stragglers: bool = option(False, "time every rank's forward passes and log the slowest rank; false = off")
+    memory_snapshot: int | None = option(
+        None, "step after which the GPU's allocations since the start are written for pytorch.org/memory_viz; null = off"
+    )
+
     def __post_init__(self) -> None:
+        require(
+            self.memory_snapshot is None or self.memory_snapshot >= 1,
+            f"log.memory_snapshot = {self.memory_snapshot} must be 1 or more, or null for off",
+        )
         require(self.every_steps >= 1, f"log.every_steps = {self.every_steps} must be 1 or more")
 
 

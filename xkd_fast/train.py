@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from xkd_fast.data.pipeline import ViewPipeline
     from xkd_fast.data.views import MaskNoise, Views
     from xkd_fast.engine.engine import Engine
-    from xkd_fast.engine.reporter import Reporter
+    from xkd_fast.engine.reporter import Reporter, StepCost
     from xkd_fast.engine.schedule import Schedule
 
 TELLING = 2.0  # seconds that the first rank has to tell an error, before the launcher ends all ranks for another's end
@@ -120,6 +120,7 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
     from xkd_fast.engine.checkpoint import Checkpoints, TrainState
     from xkd_fast.engine.engine import Engine
     from xkd_fast.engine.launch import StopSignal, first_rank_first
+    from xkd_fast.engine.memory import MemoryRecord
     from xkd_fast.engine.reporter import Reporter
     from xkd_fast.engine.schedule import Schedule
     from xkd_fast.model.build import build_model
@@ -145,19 +146,24 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
     first_rank_first(lambda: write_aside(Path(config.output) / "config.yaml", render_config(config).encode()))
 
     last_step = min(schedule.total_steps, config.train.stop_after_steps or schedule.total_steps)
-    with pipeline, Reporter(config, engine, state.step, schedule) as reporter:
+    record = MemoryRecord(Path(config.output), config.log.memory_snapshot, engine.device)
+    with pipeline, record, Reporter(config, engine, state, schedule, step_cost(config, engine)) as reporter:
         reporter.say(describe(config, engine, world_size, pipeline, schedule, path))
-        batches = timed(pipeline.batches(*divmod(state.step, schedule.steps_per_epoch)), reporter)
+        batches = timed(pipeline.batches(*divmod(state.batches, schedule.steps_per_epoch)), reporter)
         while state.step < last_step and not stop.agreed:
             moment = schedule.at(state.step)
             engine.prepare(moment)
             for _ in range(engine.accumulation):
                 views, masks = next(batches)
                 losses = engine.forward_backward(views.to(engine.device), masks.to(engine.device))
-                reporter.add(losses, state.step + 1)
-                engine.step(moment)
-            state = state.after_step()
+                reporter.add(losses)
+                applied = engine.step()
+            state = state.after_step(applied=applied)
+            if not applied:
+                reporter.skip_step()
+                continue
             synchronised = reporter.end_step(state.step, moment, pipeline.damage, is_last=state.step == last_step)
+            record.after(state.step)
             if synchronised or engine.device.type == "cpu":
                 stop.agree(engine.device)
                 if stop.agreed:
@@ -165,6 +171,22 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
             if checkpoints.due(state.step) or state.step == last_step or stop.agreed:
                 reporter.check_savable(state.step)
                 reporter.say(f"checkpoint {checkpoints.save(engine, state, config)}")
+
+
+def step_cost(config: Config, engine: Engine) -> StepCost:
+    """What a step costs, and what this run's devices can do together."""
+    import torch
+    import torch.distributed as dist
+
+    from xkd_fast.analysis.flops import step_flops, total
+    from xkd_fast.analysis.profile import measured_peak
+    from xkd_fast.engine.reporter import StepCost
+
+    is_gpu = engine.device.type == "cuda"
+    dtype = getattr(torch, config.train.precision)
+    peak = torch.tensor(measured_peak(engine.device, dtype, 8192 if is_gpu else 1024), device=engine.device)
+    dist.all_reduce(peak)
+    return StepCost(total(step_flops(config.model)).total, peak.item())
 
 
 def timed(batches: Iterator[tuple[Views, MaskNoise]], reporter: Reporter) -> Iterator[tuple[Views, MaskNoise]]:
@@ -196,7 +218,7 @@ def make_ready(config: Config) -> None:
     from rich.console import Console
 
     from xkd_fast.data.rendered import ensure_rendered
-    from xkd_fast.engine.metrics import require_wandb
+    from xkd_fast.engine.log import require_wandb
     from xkd_fast.model.attention import choose
     from xkd_fast.model.kernels import require_kernels
     from xkd_fast.model.vit import require_compiler
@@ -232,6 +254,7 @@ def describe(
         f"{len(pipeline.shards)} clips, {train.epochs} epochs × {schedule.steps_per_epoch} steps",
         f"{train.global_batch} clips per step = {world_size} ranks × {clips} × {accumulation} accumulated",
         *choices,
+        f"optimiser: {engine.update_reason}",
         f"peak learning rate {schedule.base_learning_rate:.3g}; run folder {config.output}",
     ]
     if resumed is not None:

@@ -1,5 +1,6 @@
 """Fused operators for transformers on packed tokens and patches, usable without the trainer: needs torch and Triton alone."""
 
+from xkd_kernels.adamw_ema import Segments, adamw_ema_, ema_, naive_adamw_ema, naive_squared_norms, squared_norms
 from xkd_kernels.backends import BACKENDS, BackendError, Choice, choose, obstacle
 from xkd_kernels.bias_gelu import bias_gelu, naive_bias_gelu
 from xkd_kernels.cls_attention import cls_attention, naive_cls_attention
@@ -12,16 +13,22 @@ __all__ = [
     "BACKENDS",
     "BackendError",
     "Choice",
+    "Segments",
+    "adamw_ema_",
     "bias_gelu",
     "choose",
     "cls_attention",
+    "ema_",
     "gather_patches",
+    "naive_adamw_ema",
     "naive_bias_gelu",
     "naive_cls_attention",
     "naive_gather_patches",
     "naive_packed_attention",
     "naive_residual_layer_norm",
+    "naive_squared_norms",
     "obstacle",
     "packed_attention",
     "residual_layer_norm",
+    "squared_norms",
 ]

@@ -2,13 +2,17 @@
 
 ``torch``  PyTorch's own operators; runs anywhere, in every type.
 ``triton`` this package's kernels; on a GPU, and on a CPU under ``TRITON_INTERPRET=1`` (for tests: it is slow).
-``auto``   the faster of both on this device at this shape, as the benchmark found it (``measured.json``); ``torch`` where it
-           has not been measured.
+``native`` this package's C++ and CUDA code (``kernels/csrc``), where it has been compiled.
+``auto``   the fastest of them on this device at this shape, as the benchmark found it (``measured.json``); ``torch`` where it
+           has not been measured. On a CPU ``native`` where an operator has it, or else ``torch``.
+
+An operator is offered by ``torch`` and by one of the two others.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +21,10 @@ from typing import Any
 import torch
 import triton
 
-BACKENDS = ("auto", "triton", "torch")
+from xkd_kernels import native
+
+BACKENDS = ("auto", "triton", "native", "torch")
+NATIVE = ("adamw_ema",)  # operators written in C++ and CUDA; all others are Triton's
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MEASURED = Path(__file__).with_name("measured.json")
 
@@ -45,8 +52,17 @@ def shape_class(size: int) -> str:
     return str(triton.next_power_of_2(size))
 
 
-def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton's kernels cannot run on ``dtype`` tensors of ``device``; None if they can."""
+def offers(operator: str) -> tuple[str, ...]:
+    """The backends of an operator, the one to prefer first."""
+    return ("native" if operator in NATIVE else "triton", "torch")
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, backend: str = "triton") -> str | None:
+    """Why this package's own code (``triton`` or ``native``) cannot run on ``dtype`` tensors of ``device``; None if it can."""
+    if backend == "native":
+        if dtype != torch.float32:
+            return f"its code computes in float32, not in {str(dtype).removeprefix('torch.')}"
+        return native.missing(device.type)
     if dtype not in TRITON_TYPES:
         return f"its kernels compute in float32, bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
     if device.type == "cpu" and not triton.knobs.runtime.interpret:
@@ -70,19 +86,24 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: str, 
     Raises:
         BackendError: ``asked`` is unknown or cannot run here.
     """
-    if asked not in BACKENDS:
-        raise BackendError(f"backend {asked} of {operator} is not one of {', '.join(BACKENDS)}")
+    own = offers(operator)[0]
+    if asked not in ("auto", *offers(operator)):
+        raise BackendError(f"backend {asked} of {operator} is not one of {', '.join(('auto', *offers(operator)))}")
     if asked == "torch":
         return Choice("torch", "asked for")
-    reason = obstacle(device, dtype)
-    if asked == "triton":
+    reason = obstacle(device, dtype, own)
+    if asked == own:
         if reason:
-            raise BackendError(f"backend triton of {operator} cannot run here: {reason}; torch can")
-        return Choice("triton", "asked for")
-    if device.type == "cpu":
+            raise BackendError(f"backend {own} of {operator} cannot run here: {reason}; torch can")
+        return Choice(own, "asked for")
+    if device.type == "cpu" and own == "triton":
         return Choice("torch", "it is the only one that is fast on a CPU")
     if reason:
+        if own == "native" and dtype == torch.float32:
+            warnings.warn(f"{operator} runs by PyTorch's operators, which is slower: {reason}", stacklevel=2)
         return Choice("torch", reason)
+    if device.type == "cpu":
+        return Choice(own, "it passes over memory once")
     name, kind = torch.cuda.get_device_name(device), str(dtype).removeprefix("torch.")
     fastest = measured().get(name, {}).get(operator, {}).get(kind, {}).get(shape)
     if fastest is None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,24 +17,37 @@ from xkd_fast.data.log_mel import MelOptions
 from xkd_fast.engine.engine import Engine
 from xkd_fast.engine.launch import start_deepspeed
 from xkd_fast.engine.schedule import Moment
+from xkd_fast.engine.zero import whole
 from xkd_fast.model.build import build_model
 from xkd_fast.model.options import ModelOptions
 from xkd_fast.weights import write_safetensors
 
-STEPS, BATCH = 3, 8
-WEIGHT_DECAY, CLIP_NORM = 0.3, 0.05
+STEPS, BATCH = 3, 16
+# With the usual eps of 1e-8 AdamW turns the rounding of a gradient that is nearly 0 into a whole step.
+WEIGHT_DECAY, CLIP_NORM, EPS = 0.3, 0.05, 1e-3
 
-# name: (variant, precision, ZeRO stage, accumulation)
-CELLS = {
-    "zero0": ("xkd", "float32", 0, 1),
-    "zero1": ("xkd", "float32", 1, 1),
-    "zero2": ("xkd", "float32", 2, 1),
-    "zero1_accumulated": ("xkd", "float32", 1, 2),
-    "zero2_accumulated": ("mats", "float32", 2, 2),
-    "zero1_mas": ("mas", "float32", 1, 1),
-    "zero0_bfloat16": ("xkd", "bfloat16", 0, 1),
-    "zero1_bfloat16": ("xkd", "bfloat16", 1, 1),
-}
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to take the same steps."""
+
+    stage: int = 1
+    accumulation: int = 1
+    variant: str = "xkd"
+    precision: str = "float32"
+    implementation: str = "fast"  # of the model
+    update: str = "auto"  # of the optimiser
+    scope: str = "rank"  # of the MMD
+    offload: bool = False
+    checkpointing: bool = False
+    overflow: bool = False  # a loss scale at which the first attempts overflow
+
+    @property
+    def name(self) -> str:
+        """What distinguishes it, for a file's name and the table."""
+        usual = asdict(Cell())
+        shown = {key: value for key, value in asdict(self).items() if key == "stage" or value != usual[key]}
+        return "-".join(f"{key}_{value}" for key, value in shown.items())
 
 
 def moment(step: int) -> Moment:
@@ -39,49 +55,74 @@ def moment(step: int) -> Moment:
     return Moment(1e-3 * (1 + step), 0.9 + 0.02 * step, 0.8 + 0.05 * step, 0.1, 0.07, last_layer_frozen=step == 0)
 
 
-def cell_options(variant: str) -> ModelOptions:
+def cell_options(cell: Cell) -> ModelOptions:
     """The model of a cell."""
-    return tiny_options(variant=variant)
+    options = tiny_options(variant=cell.variant, implementation=cell.implementation, checkpointing=cell.checkpointing)
+    return replace(options, objective=replace(options.objective, mmd_scope=cell.scope))
 
 
-def cell_config(variant: str, precision: str, stage: int, accumulation: int, world_size: int) -> Config:
+def cell_config(cell: Cell, world_size: int) -> Config:
     """The configuration of a cell."""
-    model = cell_options(variant)
     data = DataOptions(fps=8, clip_seconds=1.0, local_audio_seconds=0.5)
     train = TrainOptions(
-        epochs=1, global_batch=BATCH, micro_batch=BATCH // (world_size * accumulation), precision=precision, zero_stage=stage
+        epochs=1,
+        global_batch=BATCH,
+        micro_batch=BATCH // (world_size * cell.accumulation),
+        precision=cell.precision,  # type: ignore[arg-type]
+        zero_stage=cell.stage,  # type: ignore[arg-type]
+        offload_optimizer=cell.offload,
     )
-    optimizer = OptimizerOptions(weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
-    return Config(model=model, data=data, mel=MelOptions(hop=200), train=train, optimizer=optimizer)
+    optimizer = OptimizerOptions(
+        weight_decay=WEIGHT_DECAY,
+        clip_norm=CLIP_NORM,
+        eps=EPS,
+        implementation=cell.update,  # type: ignore[arg-type]
+    )
+    return Config(model=cell_options(cell), data=data, mel=MelOptions(hop=200), train=train, optimizer=optimizer)
 
 
-def main(folder: Path) -> None:
-    """Train every cell; rank 0 writes weights, each rank checks that it holds the same ones."""
-    deepspeed = start_deepspeed()
+def train_cell(cell: Cell, deepspeed: Any) -> dict[str, torch.Tensor]:
+    """Train one cell; the state, the losses averaged over ranks and the gradient norms."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    for name, cell in CELLS.items():
-        config = cell_config(*cell, world_size)
-        engine = Engine(build_model(config.model, seed=1), config, deepspeed)
-        size = config.train.micro_batch
-        totals = []
-        for step in range(STEPS):
-            views, masks = random_batch(config.model, BATCH, seed=step, dtype=torch.float32)
+    config = cell_config(cell, world_size)
+    engine = Engine(build_model(config.model, seed=1), config, deepspeed)
+    if cell.overflow:
+        engine.loss_scale.value = 2.0**40
+    size, totals, norms, skipped = BATCH // (world_size * cell.accumulation), [], [], 0
+    for step in range(STEPS):
+        views, masks = random_batch(config.model, BATCH, seed=step, dtype=torch.float32)
+        applied = False
+        while not applied:
             engine.prepare(moment(step))
+            found = []
             for micro in range(engine.accumulation):
                 start = (micro * world_size + rank) * size
                 losses = engine.forward_backward(*part_of(views, masks, slice(start, start + size)))
-                totals.append(losses.total.detach())
-                engine.step(moment(step))
-        total = torch.stack(totals).reshape(STEPS, -1).mean(dim=1)
-        dist.all_reduce(total)
-        state = engine.module.state_dict()
-        for tensor in state.values():
-            first = tensor.clone()
-            dist.broadcast(first, src=0)
-            assert torch.equal(first, tensor), f"{name}: ranks hold different weights"
-        if rank == 0:
-            state = {**state, "total": total / world_size, "gradient_norm": engine.optimizer.gradient_norm()}
-            write_safetensors(state, folder / f"{name}.safetensors")
+                found.append(losses.total.detach())
+                applied = engine.step()
+            skipped += not applied
+        totals.append(torch.stack(found).mean())
+        norms.append(torch.stack([engine.optimizer.gradient_norm(), engine.optimizer.clipped_gradient_norm()]))
+    total = torch.stack(totals)
+    dist.all_reduce(total)
+    with whole(list(engine.module.parameters())):
+        state = {name: tensor.detach().clone() for name, tensor in engine.module.state_dict().items()}
+    for name, tensor in state.items():
+        first = tensor.clone()
+        dist.broadcast(first, src=0)
+        assert torch.equal(first, tensor), f"{cell.name}: ranks hold different {name}"
+    extra = {"total": total / world_size, "norms": torch.stack(norms), "skipped": torch.tensor(skipped)}
+    return {**state, **{name: tensor.float() for name, tensor in extra.items()}}
+
+
+def main(folder: Path) -> None:
+    """Train every cell that ``cells.json`` lists; rank 0 writes what came out."""
+    deepspeed = start_deepspeed()
+    for values in json.loads((folder / "cells.json").read_text()):
+        cell = Cell(**values)
+        state = train_cell(cell, deepspeed)
+        if dist.get_rank() == 0:
+            write_safetensors(state, folder / f"{cell.name}.safetensors")
         dist.barrier()
 
 

@@ -96,8 +96,8 @@ def test_loading_restores_this_ranks_random_states(tmp_path: Path) -> None:
     torch.save(random_states(), path / "random-00000.pt")
     expected = draw()
     engine = SimpleNamespace(
-        deepspeed=SimpleNamespace(load_checkpoint=lambda *_, **__: ("found", {})),
-        module=SimpleNamespace(load_state_dict=lambda state: None),
+        deepspeed=SimpleNamespace(load_checkpoint=lambda *_, **__: ("found", {"loss_scale": {}})),
+        restored=lambda state, loss_scale: None,
     )
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     try:

@@ -5,7 +5,7 @@ import torch
 
 from tests.tiny import tiny_options
 from xkd_fast import reference
-from xkd_fast.engine.ema import TeacherUpdate
+from xkd_fast.engine.ema import Teachers
 
 
 def moved_students(variant, dtype):
@@ -21,7 +21,7 @@ def moved_students(variant, dtype):
 
 def update(model):
     pairs = [(model.student(modality), model.teacher(modality)) for modality in ("video", "audio")]
-    return TeacherUpdate(*pairs)
+    return Teachers(*pairs)
 
 
 @pytest.mark.parametrize("variant", ["xkd", "mas", "mats"])

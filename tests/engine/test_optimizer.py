@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 
 from tests.tiny import tiny_options
 from xkd_fast import reference
+from xkd_fast.engine.groups import group_parameters, shares_of, slice_of
 from xkd_fast.engine.launch import free_port
-from xkd_fast.engine.optimizer import ClippedAdamW, group_parameters, segment_overlaps
+from xkd_fast.engine.optimizer import ClippedAdamW
+from xkd_fast.engine.updates import UPDATES, Xkd, choose_update, obstacle
+from xkd_fast.errors import UserError
 
 BETAS, EPS, DECAY, CLIP = (0.9, 0.95), 1e-8, 0.3, 0.3
 RATES = (1e-3, 2e-3, 5e-4)
@@ -21,9 +24,9 @@ def make_model(variant="xkd"):
     return reference.XKD(tiny_options(variant=variant)).double()
 
 
-def make_optimizer(model, clip_norm=CLIP):
+def make_optimizer(model, clip_norm=CLIP, update=Xkd):
     groups = group_parameters(model.named_parameters(), DECAY)
-    return ClippedAdamW(groups, lr=0.0, betas=BETAS, eps=EPS, clip_norm=clip_norm)
+    return ClippedAdamW(groups, lr=0.0, clip_norm=clip_norm, update=update(BETAS, EPS))
 
 
 def gradients(model, step):
@@ -55,6 +58,11 @@ def total_norm(found):
     return torch.stack([gradient.norm() for gradient in found.values()]).norm()
 
 
+def clipped_norm(found):
+    kept = {n: g if "_decoder." in n else g * min(1.0, CLIP / (g.norm().item() + 1e-6)) for n, g in found.items()}
+    return total_norm(kept)
+
+
 @pytest.mark.parametrize("variant", ["xkd", "mas"])
 def test_whole_tensors_follow_the_reference(variant):
     """Decoders clipped, students not, biases decayed, a shared stack left out; a norm taken after clipping."""
@@ -67,6 +75,7 @@ def test_whole_tensors_follow_the_reference(variant):
         optimizer.set_learning_rate(rate)
         optimizer.step()
         torch.testing.assert_close(optimizer.gradient_norm(), total_norm(found), rtol=1e-12, atol=0)
+        torch.testing.assert_close(optimizer.clipped_gradient_norm(), clipped_norm(found), rtol=1e-12, atol=0)
     expected = plain_training(variant)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, expected[name], rtol=1e-12, atol=1e-14, msg=name)
@@ -96,6 +105,7 @@ def test_no_clipping_leaves_gradients_alone():
     optimizer.step()
     for name, gradient in found.items():
         assert torch.equal(model.get_parameter(name).grad, gradient), name
+    assert torch.equal(optimizer.clipped_gradient_norm(), optimizer.gradient_norm())
     torch.testing.assert_close(optimizer.gradient_norm(), total_norm(found), rtol=1e-12, atol=0)
 
 
@@ -133,10 +143,26 @@ def test_segments_tile_every_shard(sizes, world, padding):
     for rank in range(world):
         expected = owners[rank * length : (rank + 1) * length]
         found = []
-        for tensor, offset, count in segment_overlaps(sizes, rank * length, length):
-            assert offset == len(found) and count > 0
-            found += [tensor] * count
+        for piece in slice_of(sizes, rank * length, length):
+            assert piece.start == len(found) and piece.count > 0
+            found += [piece.tensor] * piece.count
         assert found == expected
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 4))
+def test_equal_shares_of_every_tensor_tile_it(sizes, world):
+    """A number of a tensor in no rank's share, or in two; a share's padding taken for numbers."""
+    shares, order = [-(-size // world) for size in sizes], list(reversed(range(len(sizes))))
+    counted = [0] * len(sizes)
+    for rank in range(world):
+        position = {}
+        for piece in shares_of(order, [sizes[i] for i in order], [shares[i] for i in order], rank):
+            counted[piece.tensor] += piece.count
+            position[piece.tensor] = piece.start
+            assert piece.count == min(shares[piece.tensor], sizes[piece.tensor] - rank * shares[piece.tensor])
+        for tensor, start in position.items():
+            assert start == sum(shares[other] for other in order[: order.index(tensor)])
+    assert counted == sizes
 
 
 def flat_shards(optimizer, model, rank, world):
@@ -158,6 +184,8 @@ def train_on_shards(rank, world, one_group_at_a_time):
     optimizer = make_optimizer(model)
     names = flat_shards(optimizer, model, rank, world)
     groups = optimizer.param_groups
+    if one_group_at_a_time:
+        optimizer.expect(len(groups), {}, after=lambda: None)
     for step, rate in enumerate(RATES):
         found = gradients(model, step)
         optimizer.set_learning_rate(rate)
@@ -217,3 +245,69 @@ def test_a_shard_too_small_for_its_group_is_an_error():
     first["params"][0].grad = torch.ones(5, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="a shard of 5 numbers on each of 1 ranks cannot hold"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("update", [UPDATES["xkd"], UPDATES["torch"]])
+def test_an_overflow_moves_nothing_and_is_told(update):
+    """A step taken on infinite gradients; moments spoiled; the next step's bias correction as if two had been taken."""
+    model, plain = make_model(), make_model()
+    optimizers = [make_optimizer(each, update=update) for each in (model, plain)]
+    optimizers[0].watches_overflow = True
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, gradient in gradients(model, 0).items():
+        model.get_parameter(name).grad = gradient.clone()
+    model.audio_student.head.linear3.weight.grad[0, 0] = float("inf")
+    optimizers[0].set_learning_rate(1e-2)
+    optimizers[0].step()
+    assert optimizers[0].skipped
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    for optimizer, each in zip(optimizers, (model, plain), strict=True):
+        for name, gradient in gradients(each, 1).items():
+            each.get_parameter(name).grad = gradient.clone()
+        optimizer.set_learning_rate(1e-2)
+        optimizer.step()
+        assert not optimizer.skipped
+    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_gradients_of_a_scaled_loss_are_unscaled_before_they_are_clipped():
+    """Clipping the scaled norm, unscaling twice, or a norm reported as scaled."""
+    model, plain = make_model(), make_model()
+    optimizers = [make_optimizer(each) for each in (model, plain)]
+    optimizers[0].inverse_scale = 1 / 4096
+    for optimizer, each, scale in zip(optimizers, (model, plain), (4096.0, 1.0), strict=True):
+        for name, gradient in gradients(each, 1).items():
+            each.get_parameter(name).grad = gradient * scale
+        optimizer.set_learning_rate(1e-2)
+        optimizer.step()
+    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=0, msg=name)
+    for norm in ("gradient_norm", "clipped_gradient_norm"):
+        found, expected = (getattr(optimizer, norm)() for optimizer in optimizers)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_gradients_not_to_be_clipped_are_not_touched_by_the_operator():
+    """``adamw_ema`` is told what to multiply by, not given scaled gradients: a pass over memory saved."""
+    model = make_model().float()
+    optimizer = make_optimizer(model)
+    found = {name: gradient.float() for name, gradient in gradients(model, 2).items()}
+    for name, gradient in found.items():
+        model.get_parameter(name).grad = gradient.clone()
+    optimizer.step()
+    if choose_update("auto", torch.device("cpu"), BETAS, EPS)[1].startswith("native"):
+        assert all(torch.equal(model.get_parameter(name).grad, gradient) for name, gradient in found.items())
+
+
+def test_the_choice_of_an_update_is_told_and_what_cannot_run_is_refused():
+    """A silent fallback, or a traceback for an implementation that is not there."""
+    cpu = torch.device("cpu")
+    update, reason = choose_update("auto", cpu, BETAS, EPS)
+    assert update.name == "xkd" and reason.split()[0] in ("native", "torch")
+    assert choose_update("torch", cpu, BETAS, EPS)[1] == "asked for"
+    with pytest.raises(UserError, match=r"optimizer.implementation = apex cannot run here: .* runs on a GPU alone"):
+        choose_update("apex", cpu, BETAS, EPS)
+    with pytest.raises(UserError, match=r"moves parameters in host memory: set train.offload_optimizer=true"):
+        choose_update("deepspeed_cpu", torch.device("cuda"), BETAS, EPS)
+    assert "not installed" in obstacle("apex", torch.device("cuda"))

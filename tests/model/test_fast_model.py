@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from benchmarks.measure import launches, saved_bytes
 from tests.tiny import random_batch, tiny_options
 from xkd_fast import reference
-from xkd_fast.engine.ema import TeacherUpdate
+from xkd_fast.engine.ema import Teachers
 from xkd_fast.errors import UserError
 from xkd_fast.model import vit
 from xkd_fast.model.build import build_model
@@ -163,7 +163,7 @@ def test_bfloat16_stays_near_float64() -> None:
             assert error < 3 * usual_error + 0.01 * abs(value.item()) + 0.002, f"{term}: {error:.2g} against {usual_error:.2g}"
         for model in (plain, rounding, fast):  # the teachers move as in training, and so must what is cached of them
             video, audio = ((model.student(m), model.teacher(m)) for m in reference.MODALITIES)
-            TeacherUpdate(video, audio)(0.3, 0.3)
+            Teachers(video, audio)(0.3, 0.3)
         exact = step(plain, options, torch.float64)
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.tiny import random_batch, tiny_options
 from xkd_fast import reference
 from xkd_fast.data.views import MaskNoise, Views
-from xkd_fast.engine.ema import TeacherUpdate
+from xkd_fast.engine.ema import Teachers
 from xkd_fast.errors import UserError
 from xkd_fast.model.build import build_model
 from xkd_fast.model.graphs import Pass
@@ -83,7 +83,7 @@ def test_a_recording_follows_weights_teachers_and_autocast() -> None:
     assert isinstance(model, XKD)
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
     video, audio = ((model.student(m), model.teacher(m)) for m in reference.MODALITIES)
-    update_teachers = TeacherUpdate(video, audio)
+    update_teachers = Teachers(video, audio)
     for views, masks in batches(options, 3, torch.float32):
         for half in (True, False):
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -180,7 +180,7 @@ def test_a_cuda_graph_is_the_models_pass(variant: str, more: dict[str, bool], ha
                 (losses.total / 2).backward()
             optimizer.step()
             video, audio = ((model.student(m), model.teacher(m)) for m in reference.MODALITIES)
-            TeacherUpdate(video, audio)(0.3, 0.4)
+            Teachers(video, audio)(0.3, 0.4)
             reference.update_centres(model, losses.outputs.teacher_means)
             model.set_teacher_temperatures(0.05 + 0.01 * number, 0.06)
             terms.append(scalars(losses))

@@ -20,7 +20,7 @@ from benchmarks.measure import launches, saved_bytes
 from tests.tiny import random_batch, tiny_options
 from xkd_fast.analysis.flops import flop_counter, step_flops, total
 from xkd_fast.analysis.kept import Kept
-from xkd_fast.engine.ema import TeacherUpdate
+from xkd_fast.engine.ema import Teachers
 from xkd_fast.model import tokens, vit
 from xkd_fast.model.attention import patch_probabilities
 from xkd_fast.model.build import build_model
@@ -195,7 +195,7 @@ def test_teachers_are_cast_once_per_update(variant: str) -> None:
     assert not read()
     video, audio = ((model.student(m), model.teacher(m)) for m in MODALITIES)
     for _ in range(2):
-        TeacherUpdate(video, audio)(0.9, 0.9)
+        Teachers(video, audio)(0.9, 0.9)
         assert read() == dict.fromkeys(weights, 1)
         assert not read()
 

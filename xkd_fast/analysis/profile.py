@@ -22,8 +22,8 @@ from xkd_fast.analysis.flops import total as all_parts
 from xkd_fast.analysis.kept import Kept
 from xkd_fast.config import Config
 from xkd_fast.data.views import MaskNoise, Views
-from xkd_fast.engine.ema import TeacherUpdate
-from xkd_fast.engine.optimizer import ClippedAdamW, group_parameters
+from xkd_fast.engine.local import LocalUpdate
+from xkd_fast.engine.updates import choose_update
 from xkd_fast.errors import UserError
 from xkd_fast.files import write_aside
 from xkd_fast.model.attention import Attention
@@ -33,7 +33,7 @@ from xkd_fast.model.kernels import described
 from xkd_fast.model.options import ModelOptions
 from xkd_fast.model.vit import require_compiler
 from xkd_fast.objective.losses import Losses
-from xkd_fast.reference import MODALITIES, XKD, update_centres
+from xkd_fast.reference import XKD
 
 
 @dataclass(frozen=True)
@@ -127,19 +127,19 @@ class Step:
     def __init__(self, config: Config, clips: int, device: torch.device) -> None:
         self.config, self.device = config, device
         self.model: XKD = build_model(config.model, seed=config.seed).to(device)
-        optimizer = config.optimizer
-        groups = group_parameters(self.model.named_parameters(), optimizer.weight_decay)
-        self.optimizer = ClippedAdamW(groups, lr=1e-6, betas=optimizer.betas, eps=optimizer.eps, clip_norm=optimizer.clip_norm)
-        video, audio = ((self.model.student(m), self.model.teacher(m)) for m in MODALITIES)
-        self.update_teachers = TeacherUpdate(video, audio)
+        options = config.optimizer
+        update, reason = choose_update(options.implementation, device, options.betas, options.eps)
+        self.update_reason = f"{update.name}: {reason}"
+        self.local = LocalUpdate(self.model, update, lr=1e-6, weight_decay=options.weight_decay, clip_norm=options.clip_norm)
         torch.manual_seed(config.seed)
         self.views: Views = random_views(config.model, clips, device)
         self.masks: MaskNoise = self.model.draw_masks(self.views)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The configured precision."""
-        half = self.config.train.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
+        precision = self.config.train.precision
+        half = precision != "float32"
+        return torch.autocast(self.device.type, getattr(torch, precision)) if half else nullcontext()
 
     def forward(self) -> Losses:
         """The losses. The reference marks no parts: its forward pass is one."""
@@ -153,11 +153,9 @@ class Step:
         with component("backward"):
             losses.total.backward()
         with component("clip and AdamW"):
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.local.step(self.config.ema.video_start, self.config.ema.audio_start)
         with component("teacher update"):
-            self.update_teachers(self.config.ema.video_start, self.config.ema.audio_start)
-            update_centres(self.model, losses.outputs.teacher_means)
+            self.local.follow(losses.outputs.teacher_means)
         return float(losses.total.detach())
 
 
@@ -232,6 +230,7 @@ def profile(
             say(f"attention: {attention.name}, {attention.reason}")
             for line in described(config.model, device, getattr(torch, config.train.precision)):
                 say(line)
+        say(f"optimiser: {step.update_reason}")
         say(f"timing {steps} steps of {clips} clips on {device.type}, {config.train.precision}")
         step()
         if device.type == "cuda":
@@ -259,7 +258,7 @@ def profile(
             step()
     except torch.OutOfMemoryError as error:
         raise UserError(f"--clips {clips} do not fit into the GPU's memory; name fewer") from error
-    half = config.train.precision == "bfloat16"
+    half = config.train.precision != "float32"
     peak = measured_peak(device, torch.bfloat16 if half else torch.float32, 8192 if device.type == "cuda" else 2048)
     tokens = tokens_of_parts(config.model)
     names = list(dict.fromkeys([*clock.seconds, *counted.flops]))

@@ -29,6 +29,7 @@ from xkd_fast.config import Config, render_config
 from xkd_fast.data.shards import ShardSet
 from xkd_fast.engine.engine import Engine
 from xkd_fast.engine.launch import every_rank, first_rank_first
+from xkd_fast.engine.zero import whole
 from xkd_fast.errors import UserError
 from xkd_fast.weights import read_safetensors, write_safetensors
 
@@ -47,6 +48,12 @@ class TrainState:
     global_batch: int
     world_size: int
     zero_stage: int
+    skipped: int = 0  # steps not taken because gradients overflowed; their clips are spent
+
+    @property
+    def batches(self) -> int:
+        """Global batches of clips spent."""
+        return self.step + self.skipped
 
     @property
     def steps_per_epoch(self) -> int:
@@ -59,9 +66,9 @@ class TrainState:
         train = config.train
         return cls(0, config.seed, len(shards), shards.crc32, train.global_batch, world_size, train.zero_stage)
 
-    def after_step(self) -> TrainState:
-        """The state one optimiser step later."""
-        return replace(self, step=self.step + 1)
+    def after_step(self, *, applied: bool = True) -> TrainState:
+        """The state one global batch later, from which a step was taken or, if not ``applied``, was not."""
+        return replace(self, step=self.step + applied, skipped=self.skipped + (not applied))
 
     def check_same(self, other: TrainState, path: Path) -> None:
         """Raise ``UserError`` if a run in state ``other`` cannot go on from this checkpoint exactly."""
@@ -188,9 +195,13 @@ class Checkpoints:
     def _write(self, engine: Engine, state: TrainState, config: Config, partial: Path) -> None:
         with _errors_after_barriers(engine.deepspeed):
             engine.deepspeed.save_checkpoint(
-                str(self.directory), tag=partial.name, save_latest=False, exclude_frozen_parameters=True
+                str(self.directory),
+                tag=partial.name,
+                save_latest=False,
+                exclude_frozen_parameters=True,
+                client_state={"loss_scale": asdict(engine.loss_scale)},
             )
-        with _writing():
+        with whole(list(engine.module.parameters())), _writing():
             torch.save(random_states(), partial / f"random-{dist.get_rank():05d}.pt")
             if dist.get_rank() == 0:
                 metadata = {"step": str(state.step), "config": render_config(config)}
@@ -260,10 +271,10 @@ class Checkpoints:
 
         every_rank(read)
         with _damage_named(path):
-            loaded, _ = engine.deepspeed.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=False)
+            loaded, client = engine.deepspeed.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=False)
             if loaded is None:
                 raise FileNotFoundError("no DeepSpeed state in it")
-            engine.module.load_state_dict(own["model"])
+            engine.restored(own["model"], client["loss_scale"])
             restore_random_states(own["random"])
         return state
 

@@ -4,11 +4,12 @@ The exception is the MMD, which compares the rows of a micro-batch: of each rank
 
 Order within a step, for every micro-batch: forward, backward; then once: gradient reduction, per-tensor clipping, AdamW,
 teachers, centres. Losses use the centres as they were before the step; the centres' new value is the mean over all
-micro-batches and ranks.
+micro-batches and ranks. It is the same at every ZeRO stage, world size and accumulation.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,24 +17,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xkd_fast.data.views import MaskNoise, Views
-from xkd_fast.engine.ema import TeacherUpdate
-from xkd_fast.engine.optimizer import ClippedAdamW, group_parameters
+from xkd_fast.engine.ema import Teachers
+from xkd_fast.engine.groups import group_parameters
+from xkd_fast.engine.loss_scale import LossScale
+from xkd_fast.engine.optimizer import ClippedAdamW
 from xkd_fast.engine.schedule import Moment
+from xkd_fast.engine.stragglers import Stragglers
+from xkd_fast.engine.updates import choose_update
+from xkd_fast.engine.zero import arrange, gather_whole_model, states_on, told_losses, whole
 from xkd_fast.objective.losses import Losses
+from xkd_fast.reference import MODALITIES
 
 if TYPE_CHECKING:
     from xkd_fast.config import Config
-
-MODALITIES = ("video", "audio")
 
 
 def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration that follows from ours.
 
-    Parameters stay float32 on every rank: bfloat16 is autocast only, and gradients are reduced in float32, so that teachers
+    Parameters stay float32 on every rank: half types are autocast only, and gradients are reduced in float32, so that teachers
     can be kept by a local float32 update. DeepSpeed's own clipping, by global norm, is off.
     """
     train = config.train
+    zero: dict[str, Any] = {"stage": train.zero_stage, "round_robin_gradients": False}
     settings: dict[str, Any] = {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.clips_per_pass(world_size),
@@ -41,12 +47,17 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_clipping": 0.0,
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": train.zero_stage, "round_robin_gradients": False},
+        "zero_force_ds_cpu_optimizer": False,  # ours moves parameters in host memory as well
+        "zero_optimization": zero,
     }
-    if train.zero_stage in (1, 2):
-        settings["zero_optimization"]["compute_grad_norm"] = False  # a host synchronisation per step, for a norm we do not use
-    if train.precision == "bfloat16":
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    if train.zero_stage in (1, 2) and not train.offload_optimizer:
+        zero["compute_grad_norm"] = False  # a host synchronisation per step, for a norm we do not use
+    if train.zero_stage == 3:  # all tensors are gathered together, so none is worth keeping
+        zero.update(stage3_param_persistence_threshold=0, stage3_prefetch_bucket_size=0)
+    if train.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if train.precision != "float32":
+        settings["torch_autocast"] = {"enabled": True, "dtype": train.precision, "lower_precision_safe_modules": []}
     return settings
 
 
@@ -54,61 +65,101 @@ class Engine:
     """A model, its optimiser and its teachers, under DeepSpeed.
 
     Attributes:
-        module: the model itself (full float32 parameters on every rank at ZeRO 0–2).
+        module: the model itself (at ZeRO 3 its tensors are whole during a pass alone).
         optimizer: the optimiser that clips and steps.
+        update_reason: which implementation of its update was chosen, and why.
+        teachers: the pairs of students and teachers.
         deepspeed: DeepSpeed's engine, for checkpoints.
         device: where the model lives.
+        stragglers: times every rank's forward passes, if asked for.
+        loss_scale: what the loss is multiplied by in float16; 1 otherwise.
     """
 
     def __init__(self, model: Any, config: Config, deepspeed: Any) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        train, options = config.train, config.optimizer
         self.module = model
-        groups = group_parameters(model.named_parameters(), config.optimizer.weight_decay)
-        self.optimizer = ClippedAdamW(
-            groups,
-            lr=0.0,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-            clip_norm=config.optimizer.clip_norm,
+        self.device = torch.device(get_accelerator().current_device_name())
+        model.to(self.device)
+        if train.precision != "float32" and hasattr(model, "prepare_halves"):
+            model.prepare_halves(self.device, getattr(torch, train.precision))
+        where = states_on(self.device, train.zero_stage, train.offload_optimizer)
+        update, reason = choose_update(options.implementation, where, options.betas, options.eps)
+        self.update_reason = f"{update.name}: {reason}"
+        self.teachers = Teachers(
+            (model.student("video"), model.teacher("video")),
+            (model.student("audio"), model.teacher("audio")),
+            model if hasattr(model, "halves") else None,
         )
+        groups = group_parameters(model.named_parameters(), options.weight_decay)
+        self.optimizer = ClippedAdamW(groups, lr=0.0, clip_norm=options.clip_norm, update=update, teachers=self.teachers)
+        self.loss_scale = LossScale.for_precision(train.precision)
+        self.optimizer.watches_overflow = train.precision == "float16"
         settings = deepspeed_settings(config, dist.get_world_size())
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
-        self.device: torch.device = self.deepspeed.device
+        for owner in (self.deepspeed, self.deepspeed.optimizer):  # its loss scaling knows one rank, or one group, at a time
+            for name in ("torch_autocast_z0_gradscaler", "torch_autocast_gradscaler"):
+                if getattr(owner, name, None) is not None:
+                    setattr(owner, name, None)
+        if train.zero_stage == 3:
+            gather_whole_model(model)
+        arrange(self.deepspeed, self.optimizer, self.teachers, train.zero_stage)
         self.accumulation: int = settings["gradient_accumulation_steps"]
-        self._update_teachers = TeacherUpdate(
-            (self.module.student("video"), self.module.teacher("video")),
-            (self.module.student("audio"), self.module.teacher("audio")),
-        )
+        self.stragglers = Stragglers(self.device) if config.log.stragglers else None
         self._teacher_means: dict[str, Tensor] = {}
+
+    def own_parameters(self) -> list[Tensor]:
+        """All weights, or this rank's shares of them at ZeRO 3."""
+        share = self.teachers.share_of or (lambda tensor: tensor.detach())
+        return [share(parameter) for parameter in self.module.parameters()]
+
+    def restored(self, state: dict[str, Tensor], loss_scale: dict[str, Any]) -> None:
+        """Take over the model's ``state`` and the loss scale of a checkpoint, after DeepSpeed has loaded its part."""
+        with whole(list(self.module.parameters()), writing=True):
+            self.module.load_state_dict(state)
+        if hasattr(self.module, "teachers_moved"):
+            self.module.teachers_moved(copied=False)
+        self.loss_scale = LossScale(**loss_scale)
 
     def prepare(self, moment: Moment) -> None:
         """Set the schedules' values for the coming step."""
         self.optimizer.set_learning_rate(moment.learning_rate)
         self.optimizer.last_layer_frozen = moment.last_layer_frozen
+        self.optimizer.inverse_scale = 1 / self.loss_scale.value
+        self.teachers.set_momenta(moment.video_momentum, moment.audio_momentum)
         self.module.set_teacher_temperatures(moment.video_temperature, moment.audio_temperature)
 
     def forward_backward(self, views: Views, masks: MaskNoise) -> Losses:
         """One micro-batch: losses, and their gradients added to the step's."""
-        losses: Losses = self.deepspeed(views, masks)
-        self.deepspeed.backward(losses.total)
+        with self.stragglers or nullcontext():
+            losses = told_losses(self.deepspeed(views, masks))
+        total = losses.total if self.loss_scale.value == 1 else losses.total * self.loss_scale.value
+        self.deepspeed.backward(total)
         for modality, mean in losses.outputs.teacher_means.items():
             previous = self._teacher_means.get(modality)
             self._teacher_means[modality] = mean if previous is None else previous + mean
         return losses
 
-    def step(self, moment: Moment) -> bool:
-        """Clip, update students, teachers and centres; False if DeepSpeed skipped the step (then nothing moved).
+    def step(self) -> bool:
+        """Clip, update students, teachers and centres; False if the step was skipped (then nothing moved).
 
         Call once per micro-batch, as DeepSpeed counts them; it acts on the last of a global batch.
+
+        Raises:
+            UserError: the gradients overflow however small the loss is scaled.
         """
         is_boundary = self.deepspeed.is_gradient_accumulation_boundary()
         self.deepspeed.step()
         if not is_boundary:
             return False
-        applied: bool = self.deepspeed.was_step_applied()
+        applied = not self.optimizer.skipped
         if applied:
-            self._update_teachers(moment.video_momentum, moment.audio_momentum)
+            self.teachers.follow()
             self._update_centres()
         self._teacher_means = {}
+        if self.optimizer.watches_overflow:
+            self.loss_scale.update(overflowed=not applied)
         return applied
 
     @torch.no_grad()

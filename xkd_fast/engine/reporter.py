@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from xkd_fast.engine.checkpoint import Checkpoints
+from xkd_fast.engine.checkpoint import Checkpoints, TrainState
 from xkd_fast.engine.engine import Engine
+from xkd_fast.engine.health import collapse
 from xkd_fast.engine.launch import every_rank, first_rank_first
-from xkd_fast.engine.metrics import MetricLog, Speedometer, StepMetrics, memory_metrics, moment_metrics, telling_of
+from xkd_fast.engine.log import MetricLog, telling_of
+from xkd_fast.engine.metrics import Speedometer, StepMetrics, memory_metrics, moment_metrics
 from xkd_fast.engine.progress import TrainProgress
 from xkd_fast.engine.schedule import Moment, Schedule
 from xkd_fast.errors import UserError
@@ -25,6 +27,19 @@ if TYPE_CHECKING:
     from xkd_fast.data.pipeline import DamagedSample
 
 
+@dataclass(frozen=True)
+class StepCost:
+    """What model FLOPs utilisation is computed from.
+
+    Attributes:
+        flops_per_clip: of a step, per clip.
+        peak: FLOP/s of large matrix products on all ranks together, measured here.
+    """
+
+    flops_per_clip: float
+    peak: float
+
+
 class NonFiniteLoss(UserError):
     """A loss term, or the gradients, became NaN or infinite."""
 
@@ -32,16 +47,17 @@ class NonFiniteLoss(UserError):
 class Reporter:
     """One run's reporting; use as a context manager."""
 
-    def __init__(self, config: Config, engine: Engine, step: int, schedule: Schedule) -> None:
-        """``step``: steps already taken; later rows of an interrupted run are dropped from the logs."""
+    def __init__(self, config: Config, engine: Engine, state: TrainState, schedule: Schedule, cost: StepCost) -> None:
+        """``state``: where the run stands; later rows of an interrupted one are dropped from the logs."""
         self._config, self._steps_per_epoch = config, schedule.steps_per_epoch
         self._engine, self._metrics = engine, StepMetrics(engine)
         self._speed = Speedometer(config.train.global_batch)
-        self._folder, self._damaged = Path(config.output), 0
+        self._folder, self._damaged, self._collapsed = Path(config.output), 0, False
+        self._cost, self._skipped = cost, state.skipped
         self._log = MetricLog()
-        first_rank_first(lambda: self._log.open(self._folder, config, resumed_at=step))
+        first_rank_first(lambda: self._log.open(self._folder, config, resumed_at=state.step))
         enabled = config.log.progress and dist.get_rank() == 0
-        self._progress = TrainProgress(schedule.total_steps, step, enabled=enabled)
+        self._progress = TrainProgress(schedule.total_steps, state.step, enabled=enabled)
 
     def __enter__(self) -> Reporter:
         self._progress.__enter__()
@@ -60,9 +76,14 @@ class Reporter:
         """Count time the step waited for its data."""
         self._speed.waited(seconds)
 
-    def add(self, losses: Losses, step: int) -> None:
-        """Take in a micro-batch's losses of step number ``step`` (counted from 1)."""
-        self._metrics.add(losses, step)
+    def add(self, losses: Losses) -> None:
+        """Take in a micro-batch's losses."""
+        self._metrics.add(losses)
+
+    def skip_step(self) -> None:
+        """The micro-batches so far were of a step that was not taken: its gradients overflowed."""
+        self._metrics.begin_step()
+        self._skipped += 1
 
     def due(self, step: int) -> bool:
         """Whether a row belongs after ``step`` steps."""
@@ -76,19 +97,33 @@ class Reporter:
         Raises:
             NonFiniteLoss: naming the term, if one is NaN or infinite (found out at the logging cadence).
         """
-        self._metrics.add_gradients(step)
+        self._metrics.end_step(step)
         self._speed.step()
         self._progress.advance()
         is_due = is_last or self.due(step)
         if is_due:
             self.check_finite()
             row = {"step": step, "epoch": step / self._steps_per_epoch, **self._metrics.report(), **self._speed.read()}
+            row["mfu"] = row["clips_per_second"] * self._cost.flops_per_clip / self._cost.peak
             row |= moment_metrics(moment) | memory_metrics(self._engine.device)
+            if self._engine.optimizer.watches_overflow:
+                row |= {"loss_scale": self._engine.loss_scale.value, "skipped_steps": self._skipped}
+            row |= self._engine.stragglers.read() if self._engine.stragglers else {}
             row["damaged_samples"] = self._list_damaged(damage())
+            self._warn_of_collapse(row)
             first_rank_first(lambda: self._log.write(row))
             self._progress.show(row)
-        self._metrics.end_step()
+        self._metrics.begin_step()
         return is_due
+
+    def _warn_of_collapse(self, row: dict[str, float]) -> None:
+        """Say so when a teacher has collapsed: once, until it has recovered."""
+        train = self._config.train
+        clips = train.clips_per_pass(dist.get_world_size()) * dist.get_world_size()
+        warning = collapse(row, self._config.model.head.prototypes, clips)
+        if warning and not self._collapsed:
+            self.say(f"warning: {warning}")
+        self._collapsed = warning is not None
 
     def _list_damaged(self, new: list[DamagedSample]) -> int:
         """Append to this rank's list of damaged samples; returns how many all ranks have met so far."""
@@ -116,7 +151,7 @@ class Reporter:
     def check_savable(self, step: int) -> None:
         """:meth:`check_finite`, and the same of the weights after ``step`` steps: every number that a checkpoint would hold."""
         self.check_finite()
-        norms = torch.stack(torch._foreach_norm(list(self._engine.module.parameters())))
+        norms = torch.stack(torch._foreach_norm(self._engine.own_parameters()))
         spoiled = (~norms.isfinite()).any().int()
         dist.all_reduce(spoiled, op=dist.ReduceOp.MAX)
         if spoiled.item():

@@ -21,13 +21,25 @@ class HalfCopy:
         others: dict[int, object] = {id(p): p for p in originals.parameters() if id(p) not in linear}
         self._originals: list[torch.Tensor] = list(linear.values())
         self._halves: list[torch.Tensor] = list(halves.values())
-        self._version = -1
+        self._version = -1  # sum of the originals' when they were last copied; they only grow
         self._copies = copy.deepcopy(originals, others | halves)
 
     def follows(self, weight: torch.Tensor, dtype: torch.dtype) -> bool:
         """Whether these are copies in ``dtype`` of the modules that hold ``weight``, where they are now."""
         is_among = any(weight is original for original in self._originals)
         return is_among and dtype == self.dtype and weight.device == self._halves[0].device
+
+    def halves(self) -> dict[int, torch.Tensor]:
+        """The cast weights by ``id`` of their originals."""
+        return {id(original): half for original, half in zip(self._originals, self._halves, strict=True)}
+
+    def settle(self) -> None:
+        """Somebody else has just cast every weight."""
+        self._version = sum(parameter._version for parameter in self._originals)
+
+    def expire(self) -> None:
+        """The originals have changed in a way that their versions do not tell."""
+        self._version = -1
 
     @torch.no_grad()
     def fresh(self) -> nn.ModuleDict:

@@ -146,6 +146,20 @@ class XKD(reference.XKD):
         copies = self._half.fresh()
         return {modality: copies[modality] for modality in MODALITIES}  # type: ignore[misc]
 
+    def prepare_halves(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the copies that :meth:`teachers_for` would make under autocast in ``dtype``, before a wrapper adds its hooks."""
+        with torch.autocast(device.type, dtype):
+            self.teachers_for(device)
+
+    def halves(self) -> dict[int, Tensor]:
+        """The teachers' weights in bfloat16 by ``id`` of their originals: an update may write both."""
+        return self._half.halves() if self._half is not None and self._half.dtype == torch.bfloat16 else {}
+
+    def teachers_moved(self, *, copied: bool) -> None:
+        """To be called after an update of the teachers, which has written :meth:`halves` too if ``copied``."""
+        if self._half is not None:
+            (self._half.settle if copied else self._half.expire)()
+
     def masked_objectives(
         self,
         clips: dict[str, list[Tensor]],
