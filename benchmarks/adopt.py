@@ -3,7 +3,8 @@
 Reads every ``benchmarks/results/kernels_*.json`` and writes ``kernels/xkd_kernels/measured.json`` (who computes an operator on
 which device) and ``tuned.json`` (how its kernels are launched there). Triton computes where its forward and backward pass
 together take less time than those of every rival; a launch is taken up where it was faster than the default. Cases that share
-operator, type and shape class decide together.
+operator, type and shape class decide together. From ``optimizer_cuda.json`` likewise: the optimiser's compiled operator where
+it beats every rival.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.tuning import GAIN
+from xkd_kernels.adamw_ema import OPERATOR
 from xkd_kernels.backends import MEASURED
 from xkd_kernels.configurations import TUNED
 
@@ -34,6 +36,15 @@ def winners(results: Iterable[dict[str, Any]]) -> Table:
                 passes[place].append({name: spread["median"] for name, spread in seconds.items()})
     totals = {place: _totals(seconds) for place, seconds in passes.items()}
     return _table({place: "triton" if _least(total) == "fused" else "torch" for place, total in totals.items()})
+
+
+def optimizers(results: Iterable[dict[str, Any]]) -> Table:
+    """Who computes the optimiser's step: "native" or "torch"."""
+    found: dict[Place, str] = {}
+    for result in results:
+        wins = result["backend"] == "native" and all(rival["ratio"]["median"] > 1 for rival in result["rivals"].values())
+        found[result["gpu"], OPERATOR, "float32", ""] = "native" if wins else "torch"
+    return _table(found)
 
 
 def launches(results: Iterable[dict[str, Any]]) -> Table:
@@ -75,8 +86,16 @@ def _table(found: dict[Place, Any]) -> Table:
 
 def tables(folder: Path) -> dict[Path, Table]:
     """What the package's files should hold, given a folder of results."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("kernels_*.json"))]
-    return {MEASURED: winners(results), TUNED: launches(results)}
+
+    def read(pattern: str) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(pattern))]
+
+    results = read("kernels_*.json")
+    measured: Table = {}
+    for table in (winners(results), optimizers(read("optimizer_cuda*.json"))):
+        for gpu, operators in table.items():
+            measured.setdefault(gpu, {}).update(operators)
+    return {MEASURED: measured, TUNED: launches(results)}
 
 
 def text(table: Table) -> str:

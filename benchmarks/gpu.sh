@@ -26,13 +26,13 @@ if [[ "${1:-}" == --smoke ]] || ! "$python" -c 'import sys, torch; sys.exit(not 
     export XKD_BENCHMARK_RESULTS
     trap 'rm -rf "$XKD_BENCHMARK_RESULTS"' EXIT
     echo "smoke run: tiny sizes, benchmarks/results stays as it is"
-    tests+=(tests/kernels/test_bias_gelu.py) # the others, interpreted, take minutes
+    tests+=(tests/kernels/test_{bias_gelu,adamw_ema}.py) # the others, interpreted, take minutes
     flags=() seconds=${XKD_BENCHMARK_SECONDS:-86400}
     within() { "${@:2}"; }
 else
     [[ "${1:-}" != --tune ]] || tests=()
-    # test_resources compiles for GPUs that are not here
-    tests+=(tests/model/test_kernels.py tests/kernels --ignore=tests/kernels/test_resources.py)
+    # test_resources and test_native compile for GPUs that are not here
+    tests+=(tests/model/test_kernels.py tests/kernels --ignore=tests/kernels/test_{resources,native}.py)
     flags=(--benchmark) seconds=${XKD_BENCHMARK_SECONDS:-420}
     # SECONDS COMMAND...: interrupted when so many seconds have passed since the start
     within() {
@@ -41,6 +41,17 @@ else
     }
 fi
 run=("$python" -m pytest -q -p no:cacheprovider -o addopts=)
+
+# The compiled operators, where the machine has what compiles them.
+if [[ ${#flags[@]} -gt 0 && -z "${XKD_NATIVE:-}" ]]; then
+    native=$(mktemp -d)
+    trap 'rm -rf "$native"' EXIT
+    if cmake -S . -B "$native" -DCMAKE_CUDA_ARCHITECTURES=native >"$native/log" 2>&1 && cmake --build "$native" >>"$native/log" 2>&1; then
+        export XKD_NATIVE=$native
+    else
+        echo "the compiled operators are not built: $(tail -n 1 "$native/log")" >&2
+    fi
+fi
 
 # The fast model against the reference, and the kernels against their twins, on the GPU where there is one.
 failed=0
@@ -53,7 +64,7 @@ if [[ "${1:-}" == --tune ]]; then
     XKD_BENCHMARK_TUNE=1 bench benchmarks/test_kernels.py
 else
     bench benchmarks/test_step.py -k xkd-bfloat16
-    bench benchmarks/test_kernels.py benchmarks/test_attention.py
+    bench benchmarks/test_kernels.py benchmarks/test_optimizer.py benchmarks/test_attention.py
     bench benchmarks/test_step.py -k "not xkd-bfloat16"
     "$python" -m benchmarks.table "$begun"
 fi

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import adopt, record, tuning
-from xkd_kernels import configurations
+from xkd_kernels import backends, configurations
 from xkd_kernels.configurations import Launch
 
 DEFAULT, FASTER, SLOWER = ({"meta": {"ROWS": rows}, "warps": 4, "stages": 2} for rows in (8, 16, 32))
@@ -110,3 +110,18 @@ def test_chosen_launches_hold_for_their_time_only() -> None:
         assert configurations._launch(other[0], None, *other[1:]) == configurations.default_launch(*other)
     assert asked == {key, other}
     assert configurations._launch(key[0], None, *key[1:]) == configurations.default_launch(*key)
+
+
+@pytest.mark.parametrize(
+    ("backend", "ratios", "winner"),
+    [("native", (1.8, 1.1), "native"), ("native", (3.0, 0.9), "torch"), ("torch", (2, 2), "torch")],
+)
+def test_the_compiled_optimiser_is_the_default_where_it_beats_every_rival(
+    backend: str, ratios: tuple[float, float], winner: str, tmp_path: Path
+) -> None:
+    """Red if one rival is enough, another backend's win counts, or kernels of the same GPU are forgotten."""
+    rivals = {str(number): {"ratio": {"median": ratio}} for number, ratio in enumerate(ratios)}
+    (tmp_path / "optimizer_cuda.json").write_text(json.dumps({"gpu": "H", "backend": backend, "rivals": rivals}))
+    (tmp_path / "kernels_cuda.json").write_text(json.dumps({"gpu": "H", "rows": [row("3072", fused=(1.0,), naive=(2.0,))]}))
+    table = adopt.tables(tmp_path)[backends.MEASURED]
+    assert table == {"H": {"bias_gelu": {"bfloat16": {"3072": "triton"}}, "adamw_ema": {"float32": {"": winner}}}}

@@ -62,7 +62,7 @@ def test_gpu_script_with_a_gpu(tmp_path: Path) -> None:
     assert all(400 < int(bench.split("|")[0]) <= 420 and "--benchmark" in bench for bench in benches)
     step, kernels, rest = (bench.split("|")[2] for bench in benches)
     assert step.split("benchmarks/")[1:] == ["test_step.py -k xkd-bfloat16 --benchmark"]
-    assert kernels.split("benchmarks/")[1:] == ["test_kernels.py ", "test_attention.py --benchmark"]
+    assert kernels.split("benchmarks/")[1:] == ["test_kernels.py ", "test_optimizer.py ", "test_attention.py --benchmark"]
     assert rest.split("benchmarks/")[1:] == ["test_step.py -k not xkd-bfloat16 --benchmark"]
     assert "-m benchmarks.table 1" in last
     done = subprocess.run([*command, "--tune"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)

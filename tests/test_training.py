@@ -209,7 +209,7 @@ def test_an_output_that_cannot_be_written_is_one_clear_error(uninterrupted: tupl
     assert "cannot be written" in printed and "Traceback" not in printed
 
 
-@pytest.mark.parametrize(("stage", "precision"), ((0, "float32"), (2, "bfloat16")))
+@pytest.mark.parametrize(("stage", "precision"), ((0, "float32"), (1, "float16"), (2, "bfloat16"), (3, "bfloat16")))
 def test_plain_python_trains_and_resumes(uninterrupted: tuple[Path, Path, str], stage: int, precision: str) -> None:
     """Red if the job needs a launcher, autocast breaks it, or a stage's checkpoint lacks something that the next step needs."""
     whole, data, _ = uninterrupted
@@ -218,8 +218,13 @@ def test_plain_python_trains_and_resumes(uninterrupted: tuple[Path, Path, str], 
     run([sys.executable, *command(straight, data, *more, "train.stop_after_steps=6")[5:]])
     run([sys.executable, *command(halved, data, *more, "train.stop_after_steps=3")[5:]])
     run([sys.executable, *command(halved, data, *more, "train.stop_after_steps=6", "--resume", "auto")[5:]])
-    assert rows(straight)[2]["total"] == pytest.approx(rows(whole)[2]["total"], rel=0.05)
-    for name in ("total", "gradient_norm", "video_teacher_entropy"):
+    if precision == "float16":  # the first scale is too large: clips are spent on steps that are not taken
+        last = rows(straight)[-1]
+        assert last["skipped_steps"] > 0 and last["loss_scale"] == 65536 / 2 ** last["skipped_steps"]
+    else:
+        assert rows(straight)[2]["total"] == pytest.approx(rows(whole)[2]["total"], rel=0.05)
+    extra = ("skipped_steps", "loss_scale") if precision == "float16" else ()
+    for name in ("total", "gradient_norm", "video_teacher_entropy", *extra):
         assert [row[name] for row in rows(halved)] == pytest.approx([row[name] for row in rows(straight)], rel=1e-6), name
 
 

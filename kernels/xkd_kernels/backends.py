@@ -73,6 +73,11 @@ def obstacle(device: torch.device, dtype: torch.dtype, backend: str = "triton") 
 
 
 @cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+@cache
 def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: str, asked: str = "auto") -> Choice:
     """The backend of ``operator`` for tensors of ``dtype`` on ``device``; the same answer for the same question.
 
@@ -100,7 +105,7 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: str, 
         return Choice("torch", "it is the only one that is fast on a CPU")
     if reason:
         if own == "native" and dtype == torch.float32:
-            warnings.warn(f"{operator} runs by PyTorch's operators, which is slower: {reason}", stacklevel=2)
+            _warn_once(f"{operator} runs by PyTorch's operators, which is slower: {reason}")
         return Choice("torch", reason)
     if device.type == "cpu":
         return Choice(own, "it passes over memory once")

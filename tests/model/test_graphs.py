@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.host_traffic import HostTraffic
 from tests.tiny import random_batch, tiny_options
 from xkd_fast import reference
 from xkd_fast.data.views import MaskNoise, Views
@@ -123,22 +122,6 @@ def test_a_pass_that_cannot_be_recorded_says_so() -> None:
         UserError, match=r"model\.cuda_graph = true cannot be recorded here \(operation not permitted.*set it to false"
     ):
         model.recorded_losses(*random_batch(options, 2, dtype=torch.float32), fail)
-
-
-class HostTraffic(TorchDispatchMode):
-    """Notes operators that wait for a device's result, or copy a new tensor to it: neither can be recorded."""
-
-    FORBIDDEN = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique", "lift_fresh", "item", "equal")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.met: list[str] = []
-
-    def __torch_dispatch__(self, function, types: Sequence[type], args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = function.overloadpacket.__name__
-        if name.startswith(self.FORBIDDEN):
-            self.met.append(name)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("refinement", ("mean", "softmax"))

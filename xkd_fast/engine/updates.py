@@ -64,10 +64,10 @@ class Xkd(Update):
         self.backend = backend
 
     def prepare(self, state: dict[str, Any], parameter: Tensor) -> None:
-        """Moments of zero; the count of steps stays on the host."""
+        """Moments of zero, and a count of steps on the host."""
         if not state:
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            state.update(step=torch.tensor(0.0), **moments)
+            state.update(step=0, **moments)
 
     def __call__(
         self, shares: Sequence[Share], segments: Segments, scales: Tensor, states: Any, teachers: Teachers | None
@@ -113,9 +113,9 @@ class Xkd(Update):
 
     @staticmethod
     def _count(state: dict[str, Any]) -> int:
-        """Count a step; a count that a checkpoint brought to the device returns to the host."""
-        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu() + 1
-        return int(state["step"])
+        """Count a step."""
+        state["step"] = int(state["step"]) + 1
+        return state["step"]
 
 
 class Wrapped(Update):

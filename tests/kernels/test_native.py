@@ -1,0 +1,144 @@
+"""The compiled operators: built by every way, clean under the sanitizers, within a GPU's resources, and never required."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "kernels" / "csrc"
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+NVCC, CMAKE = shutil.which("nvcc"), shutil.which("cmake")
+FLAGS = ("-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-Wall", "-Wextra", "-Werror")
+
+
+def run(command: Sequence[object], **more: object) -> str:
+    """Output of a command that must succeed."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600, **more)  # type: ignore
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr + done.stdout
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_sanitizers_find_nothing(threads: int, tmp_path: Path) -> None:
+    """Red if a number beyond a segment is read or written, an integer overflows, or a size that is no multiple goes wrong."""
+    program = tmp_path / "sanitized"
+    driver = Path(__file__).with_name("adamw_ema_sanitized.cpp")
+    options = ("-O1", "-g", "-DXKD_PORTABLE", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}")
+    run([COMPILER, *FLAGS, *options, driver, SOURCES / "adamw_ema_cpu.cpp", "-o", program])
+    run([program, threads], env={**os.environ, "ASAN_OPTIONS": "detect_leaks=1"})
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_sanitizers_would_find_a_number_too_far(tmp_path: Path) -> None:
+    """Red if the run above could not fail: with a bug planted, it must."""
+    source = (SOURCES / "adamw_ema_cpu.cpp").read_text()
+    loop = "for (int64_t i = 0; i {} count; ++i)\n        teacher[i] +="
+    broken = source.replace(loop.format("<"), loop.format("<="))
+    assert broken != source
+    (tmp_path / "broken.cpp").write_text(broken)
+    driver, program = Path(__file__).with_name("adamw_ema_sanitized.cpp"), tmp_path / "broken"
+    options = ("-O1", "-g", "-DXKD_PORTABLE", "-fsanitize=address,undefined", f"-I{SOURCES}")
+    run([COMPILER, *FLAGS, *options, driver, tmp_path / "broken.cpp", "-o", program])
+    done = subprocess.run([program, "2"], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("source", sorted(SOURCES.glob("*.cu")), ids=lambda path: path.name)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_cuda_sources_compile_without_spilling(source: Path, capability: int, tmp_path: Path) -> None:
+    """Red if a kernel does not compile for a GPU, warns, spills registers, or takes so many that half of a GPU lies idle."""
+    code = f"arch=compute_{capability},code=sm_{capability}"
+    command = [NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings", "-gencode", code, "-c", source]
+    told = run([*command, "-o", tmp_path / "kernel.o"])
+    spills = [int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", told)]
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", told)]
+    kernels = source.read_text().count("__global__") + source.read_text().count("template <bool")
+    assert len(registers) == kernels and len(spills) == 2 * kernels
+    assert not any(spills)
+    assert max(registers) <= 64, "fewer than 1024 threads per multiprocessor"
+
+
+PROGRAM = """
+import json, sys, torch, warnings
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    from xkd_kernels import Segments, choose, ema_, squared_norms
+    choice = choose("adamw_ema", torch.device("cpu"), torch.float32, "")
+    for _ in range(2):
+        norms = squared_norms([torch.full((40_000,), 2.0)], Segments([0], [0], [40_000]))
+    teacher = torch.zeros(70)
+    ema_([teacher], [torch.ones(70)], [0.25])
+    said = [str(warning.message) for warning in told if "adamw_ema" in str(warning.message)]
+print(json.dumps([choice.backend, choice.reason, said, norms.tolist(), teacher.sum().item()]))
+"""
+
+
+def answers(native: Path) -> list:
+    """What the operators say and do in a fresh process with the libraries of a folder."""
+    environment = {**os.environ, "XKD_NATIVE": str(native), "PYTHONPATH": str(ROOT / "kernels")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, env=environment, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_without_a_library_pytorch_computes_and_says_so_once(tmp_path: Path) -> None:
+    """Red if a missing, broken or outdated library is an error, is fallen back from in silence, or is told of at every step."""
+    backend, reason, said, norms, total = answers(tmp_path)
+    assert backend == "torch" and "has not been built" in reason and (norms, total) == ([160_000.0], 17.5)
+    assert len(said) == 1 and "runs by PyTorch's operators, which is slower" in said[0] and "cmake" in said[0]
+    (tmp_path / "libxkd_kernels_cpu.so").write_text("no library")
+    backend, reason, said, *_ = answers(tmp_path)
+    assert backend == "torch" and "cannot be loaded" in reason and len(said) == 1
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_a_library_of_other_sources_is_refused(tmp_path: Path) -> None:
+    """Red if a library with another table is called: it would read pointers where numbers are."""
+    (tmp_path / "old.cpp").write_text('extern "C" int xkd_abi(void) { return 0; }')
+    run([COMPILER, "-shared", "-fPIC", tmp_path / "old.cpp", "-o", tmp_path / "libxkd_kernels_cpu.so"])
+    backend, reason, *_ = answers(tmp_path)
+    assert backend == "torch" and "was built from other sources (interface 0, wanted 1); build it again" in reason
+
+
+@pytest.mark.skipif(COMPILER is None or CMAKE is None, reason="needs cmake and a C++ compiler")
+def test_cmake_builds_what_the_package_loads(tmp_path: Path) -> None:
+    """Red if CMakeLists.txt builds nothing usable by hand, or the compiled operators do not do what PyTorch's do."""
+    run([CMAKE, "-S", ROOT, "-B", tmp_path, "-DXKD_CUDA=OFF"])
+    run([CMAKE, "--build", tmp_path])
+    backend, _, said, norms, total = answers(tmp_path)
+    assert (backend, said) == ("native", []) and (norms, total) == ([160_000.0], 17.5)
+
+
+@pytest.mark.skipif(COMPILER is None or CMAKE is None, reason="needs cmake and a C++ compiler")
+@pytest.mark.slow
+def test_a_wheel_carries_the_libraries_and_can_be_built_without_a_compiler(tmp_path: Path) -> None:
+    """Red if the wheel leaves the libraries out, is bound to one Python, or needs a compiler to be built at all."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "runs", "build", ".venv", "*.egg-info", "*.so"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", source]
+    run([*command, "-w", tmp_path / "with"])
+    (wheel,) = (tmp_path / "with").glob("*.whl")
+    assert re.fullmatch(r"xkd_fast-[^-]+-py3-none-\w+\.whl", wheel.name) and not wheel.name.endswith("-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "xkd_kernels/libxkd_kernels_cpu.so" in archive.namelist()
+        archive.extractall(tmp_path / "unpacked")
+    assert answers(tmp_path / "unpacked" / "xkd_kernels")[0] == "native"
+    shutil.rmtree(source / "build", ignore_errors=True)
+    run([*command, "-w", tmp_path / "without"], env={**os.environ, "CXX": "/nowhere/c++", "CUDACXX": "/nowhere/nvcc"})
+    (wheel,) = (tmp_path / "without").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
