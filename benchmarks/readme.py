@@ -105,6 +105,29 @@ def step_paragraph() -> str:
     return "\n".join([*lines, "", f"On {'; '.join(machines)}."])
 
 
+def optimizer_paragraph() -> str:
+    """About the optimiser's step alone."""
+    results = [json.loads(path.read_text()) for path in sorted(record.RESULTS.glob("optimizer_*.json"))]
+    if not results:
+        return "Not measured yet."
+    names = {"foreach": "PyTorch's multi-tensor operators throughout", "fused": "`torch.optim.AdamW(fused=True)` and those"}
+    lines = [
+        "The optimiser's step on the base model's tensors (clipping, AdamW, teachers and their bfloat16 copies), in turns with",
+        "PyTorch's; medians, ratios with their range (`benchmarks/results/optimizer_*.json`).",
+        "",
+        "| device | backend | ms | floor, ms | against | their ms | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        floor = 1e3 * result["floor"]["bytes"] / result["floor"]["bytes_per_second_of_a_copy"]
+        for name, rival in result["rivals"].items():
+            own, other = (1e3 * rival["seconds"][each]["median"] for each in ("xkd", name))
+            ratio = f"{rival['ratio']['median']:.2f} × ({rival['ratio']['min']:.2f}-{rival['ratio']['max']:.2f})"
+            cells = [result["device"], result["backend"], f"{own:.0f}", f"{floor:.0f}", names[name], f"{other:.0f}", ratio]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "Floor: what has to be read and written, at the speed of a large copy."])
+
+
 def flops_paragraph() -> str:
     """About the base model's arithmetic, part by part."""
     steps = {name: step_flops(ModelOptions(implementation=name)) for name in ("reference", "fast")}
@@ -148,7 +171,13 @@ def seeds_paragraph() -> str:
     return "\n".join([*lines, "", told, curves])
 
 
-PARAGRAPHS = {"seeds": seeds_paragraph, "flops": flops_paragraph, "demo": demo_paragraph, "step": step_paragraph}
+PARAGRAPHS = {
+    "seeds": seeds_paragraph,
+    "flops": flops_paragraph,
+    "demo": demo_paragraph,
+    "step": step_paragraph,
+    "optimizer": optimizer_paragraph,
+}
 
 
 def with_paragraph(readme: str, name: str, paragraph: str) -> str:
