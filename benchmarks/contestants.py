@@ -124,7 +124,7 @@ def _blocks_without_matrix(model: reference.XKD) -> Iterator[reference.Block]:
 class FewLaunches(Contestant):
     """Multi-tensor clipping, fused AdamW and multi-tensor teachers around a model."""
 
-    update: type[Update]
+    update: type[Update] = Torch
 
     def __init__(self, options: ModelOptions, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(options, device, dtype)

@@ -54,7 +54,8 @@ def test_gpu_script_with_a_gpu(tmp_path: Path) -> None:
     stub.write_text('#!/bin/bash\necho "$XKD_BENCHMARK_SECONDS|$XKD_BENCHMARK_TUNE|$*"\n[[ $* != *test_graphs* ]]\n')
     stub.chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name != "XKD_BENCHMARK_SECONDS"}
-    command, environment = ["bash", "benchmarks/gpu.sh"], {**environment, "PYTHON": str(stub)}
+    built = {"XKD_NATIVE": str(tmp_path)}  # compiling takes seconds off the measurements
+    command, environment = ["bash", "benchmarks/gpu.sh"], {**environment, **built, "PYTHON": str(stub)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     tests, *benches, last = done.stdout.splitlines()[2:]
     assert done.returncode == 1, done.stderr

@@ -285,6 +285,11 @@ class Config:
         require(0 <= self.seed < 2**63, f"seed = {self.seed} must lie in 0 to 2**63 - 1")
         require(self.output != "", "output is empty; it must name a folder")
         check_against_model(self.data, self.mel, self.model)
+        require(
+            not (self.train.zero_stage == 3 and self.model.cuda_graph),
+            "model.cuda_graph = true records weights at fixed places, which train.zero_stage = 3 does not keep; set "
+            "model.cuda_graph=false, or a lower train.zero_stage",
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Nested dicts, lists and plain values, as JSON or YAML hold them."""

@@ -116,6 +116,18 @@ CHECKS = (
         "optional: model.compile must stay false on a GPU; it comes with PyTorch built for CUDA",
     ),
     Check(
+        "Compiled operators",
+        "import torch\n"
+        "from xkd_kernels import native\n"
+        "kinds = ('cpu', 'cuda') if torch.cuda.is_available() else ('cpu',)\n"
+        "lacking = [native.missing(kind) for kind in kinds if native.missing(kind)]\n"
+        "if len(lacking) == len(kinds): raise LookupError\n"
+        "there = ' and '.join(kind for kind in kinds if not native.missing(kind))\n"
+        "return f'for {there}' + ''.join(f'; {why}' for why in lacking)",
+        "the optimiser's step runs by PyTorch's operators, which is slower; install this project again with cmake and a C++ "
+        "compiler (for a GPU: nvcc) on the PATH",
+    ),
+    Check(
         "xformers",
         "import torch, xformers, xformers.ops\n"
         "if not torch.cuda.is_available(): return f'{xformers.__version__}; it has no operator for the CPU'\n"

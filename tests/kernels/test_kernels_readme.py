@@ -23,5 +23,6 @@ def test_example_runs():
         "activated": (532, 3072),
         "patches": (2, 59, 3072),
     }
-    operators = {name.removeprefix("naive_") for name in xkd_kernels.__all__ if name.startswith("naive_")}
+    named = {name.removeprefix("naive_") for name in xkd_kernels.__all__ if name.startswith("naive_")}
+    operators = {name if hasattr(xkd_kernels, name) else f"{name}_" for name in named}  # those that write in place
     assert all(f"X.{name}(" in example and f"`{name}`" in text for name in operators)

@@ -158,9 +158,7 @@ class ClippedAdamW(torch.optim.Optimizer):
         if slots:
             found.index_copy_(0, _indices(slots, found.device), own)  # a rank has at most one piece of a tensor
         if is_sharded and dist.is_initialized():
-            on_device = found.to(self.update.communication_device(found.device))
-            dist.all_reduce(on_device)
-            found = on_device.to(found.device)
+            found = _summed_over_ranks(found)
         return found
 
     def _clipping(self, squared: Tensor) -> Tensor:
@@ -180,6 +178,13 @@ class ClippedAdamW(torch.optim.Optimizer):
     def clipped_gradient_norm(self) -> Tensor:
         """The same after clipping."""
         return (self.squared_norms * (self.scales / self.inverse_scale).square()).sum().sqrt()
+
+
+def _summed_over_ranks(numbers: Tensor) -> Tensor:
+    """Where they are; NCCL wants offloaded ones on the GPU."""
+    on_device = numbers.cuda() if dist.get_backend() == "nccl" else numbers
+    dist.all_reduce(on_device)
+    return on_device.to(numbers.device)
 
 
 def _indices(slots: list[int], device: torch.device) -> Tensor:

@@ -48,11 +48,6 @@ class Update(ABC):
     ) -> None:
         """Move the shares by their gradients times ``scales``, one per segment; what ``teachers`` are whole may follow."""
 
-    @staticmethod
-    def communication_device(device: torch.device) -> torch.device:
-        """Where ranks exchange numbers that lie on ``device``: offloaded ones go through the GPU."""
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else device
-
 
 class Xkd(Update):
     """``xkd_kernels.adamw_ema_``: clipping, AdamW, teachers and their bfloat16 copies in one pass."""

@@ -53,7 +53,8 @@ def arrange(deepspeed: Any, optimizer: ClippedAdamW, teachers: Teachers, stage: 
     """Tell the optimiser and the teachers what DeepSpeed has made of their tensors; to be called once after it started."""
     wrapped = deepspeed.optimizer
     if stage in (1, 2):
-        _one_copy_of_weights(wrapped)
+        if not wrapped.cpu_offload:
+            _one_copy_of_weights(wrapped)
         optimizer.expect(len(wrapped.bit16_groups), {}, lambda: _publish_partitions(wrapped))
     if stage == 3:
         layouts = _layouts(wrapped, optimizer)
@@ -75,7 +76,7 @@ def _one_copy_of_weights(wrapped: Any) -> None:
 
 
 def _publish_partitions(wrapped: Any) -> None:
-    """Copy the moved partitions to the model, those that are not a part of it."""
+    """Copy the moved partitions to the model, where they are not a part of it."""
     rank = dist.get_rank()
     for partition, parts in zip(
         wrapped.single_partition_of_fp32_groups, wrapped.parallel_partitioned_bit16_groups, strict=True
