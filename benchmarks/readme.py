@@ -119,13 +119,13 @@ def optimizer_paragraph() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        floor = 1e3 * result["floor"]["bytes"] / result["floor"]["bytes_per_second_of_a_copy"]
+        floor = 1e3 * result["floor"]["bytes"] / result["floor"]["bytes_per_second_in_place"]
         for name, rival in result["rivals"].items():
             own, other = (1e3 * rival["seconds"][each]["median"] for each in ("xkd", name))
             ratio = f"{rival['ratio']['median']:.2f} × ({rival['ratio']['min']:.2f}-{rival['ratio']['max']:.2f})"
             cells = [result["device"], result["backend"], f"{own:.0f}", f"{floor:.0f}", names[name], f"{other:.0f}", ratio]
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "Floor: what has to be read and written, at the speed of a large copy."])
+    return "\n".join([*lines, "", "Floor: what has to be read and written, at the speed of scaling a large tensor in place."])
 
 
 def flops_paragraph() -> str:
