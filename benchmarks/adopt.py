@@ -9,6 +9,7 @@ it beats every rival.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections import defaultdict
@@ -104,6 +105,7 @@ def text(table: Table) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for path, table in tables(record.RESULTS).items():
         aside = path.with_suffix(".partial")
         aside.write_text(text(table), encoding="utf-8")

@@ -18,7 +18,12 @@ if [[ $# -gt 1 || ! "${1:---smoke}" =~ ^--(smoke|tune)$ ]]; then
     echo "error: unknown arguments $*; it takes --smoke or --tune" >&2
     exit 2
 fi
-"$python" -c 'import torch, triton, pytest' || { echo "error: $python lacks torch, Triton or pytest" >&2; exit 2; }
+if [[ ! "${XKD_BENCHMARK_SECONDS:-0}" =~ ^[0-9]+$ ]]; then
+    echo "error: XKD_BENCHMARK_SECONDS=$XKD_BENCHMARK_SECONDS must be a whole number of seconds" >&2
+    exit 2
+fi
+command -v "$python" >/dev/null || { echo "error: PYTHON=$python is not found" >&2; exit 2; }
+"$python" -c 'import torch, triton, pytest' 2>/dev/null || { echo "error: $python lacks torch, Triton or pytest" >&2; exit 2; }
 
 tests=(tests/model/test_fast_model.py tests/model/test_graphs.py tests/model/test_attention.py)
 if [[ "${1:-}" == --smoke ]] || ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

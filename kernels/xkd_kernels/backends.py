@@ -24,7 +24,9 @@ import triton
 from xkd_kernels import native
 
 BACKENDS = ("auto", "triton", "native", "torch")
-NATIVE = ("adamw_ema",)  # operators written in C++ and CUDA; all others are Triton's
+NATIVE = ("adamw_ema",)  # operators written in C++ and CUDA; the others are Triton's
+OPERATORS = ("packed_attention", "cls_attention", "residual_layer_norm", "bias_gelu", "gather_patches", *NATIVE)
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # as the kernels were loaded; changing it later changes nothing
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MEASURED = Path(__file__).with_name("measured.json")
 
@@ -65,8 +67,10 @@ def obstacle(device: torch.device, dtype: torch.dtype, backend: str = "triton") 
         return native.missing(device.type)
     if dtype not in TRITON_TYPES:
         return f"its kernels compute in float32, bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
-    if device.type == "cpu" and not triton.knobs.runtime.interpret:
-        return "on a CPU its kernels run only interpreted: set TRITON_INTERPRET=1 before Python starts"
+    if device.type == "cpu" and not (INTERPRETED and triton.knobs.runtime.interpret):
+        return "on a CPU its kernels run only interpreted: set TRITON_INTERPRET=1 before xkd_kernels is imported"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device here"
     if device.type not in ("cpu", "cuda"):
         return f"its kernels are written for CUDA devices, not for {device.type}"
     return None
@@ -91,9 +95,11 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: str, 
     Raises:
         BackendError: ``asked`` is unknown or cannot run here.
     """
+    if operator not in OPERATORS:
+        raise BackendError(f"operator '{operator}' is not one of {', '.join(OPERATORS)}")
     own = offers(operator)[0]
     if asked not in ("auto", *offers(operator)):
-        raise BackendError(f"backend {asked} of {operator} is not one of {', '.join(('auto', *offers(operator)))}")
+        raise BackendError(f"backend '{asked}' of {operator} is not one of {', '.join(('auto', *offers(operator)))}")
     if asked == "torch":
         return Choice("torch", "asked for")
     reason = obstacle(device, dtype, own)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xkd_kernels.backends import backend_of
+from xkd_kernels.checks import require_floats, require_no_tangent, require_one_device, whole_number
 from xkd_kernels.configurations import launch_of
 from xkd_kernels.residual_layer_norm import programs_at_once
 
@@ -40,13 +41,18 @@ def bias_gelu(h: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
         [..., H] in the type of ``h``.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes, types or devices that do not fit.
         BackendError: a backend that cannot run here.
     """
     if bias.shape != h.shape[-1:]:
         raise ValueError(f"h and bias have the shapes {list(h.shape)} and {list(bias.shape)}, but [..., H] and [H] are wanted")
-    if backend_of("bias_gelu", h.device, h.dtype, str(h.shape[-1]), backend) == "torch":
+    if h.ndim == 0 or h.shape[-1] == 0:
+        raise ValueError(f"h has the shape {list(h.shape)}, but rows of at least 1 number are wanted")
+    require_floats(h=h, bias=bias)
+    require_one_device(h=h, bias=bias)
+    if backend_of("bias_gelu", h.device, h.dtype, str(whole_number(h.shape[-1])), backend) == "torch":
         return F.gelu(h + bias.to(h.dtype))
+    require_no_tangent(h, bias)
     return bias_gelu_forward(h, bias)
 
 

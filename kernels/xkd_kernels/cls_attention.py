@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xkd_kernels.backends import backend_of, shape_class
+from xkd_kernels.checks import require_no_tangent, whole_number
 from xkd_kernels.configurations import launch_of
 from xkd_kernels.packed_attention import LOG2_E, checked_runs, in_place, load_rows, store_rows
 from xkd_kernels.segments import Runs, segment_tables
@@ -48,9 +49,11 @@ def cls_attention(qkv: Tensor, segments: Runs, *, backend: str = "auto") -> Tens
         BackendError: a backend that cannot run here.
     """
     counts, lengths = checked_runs(qkv, segments)
-    shape = f"{shape_class(max(lengths))}x{qkv.shape[-1]}"
+    shape = f"{shape_class(max(lengths))}x{whole_number(qkv.shape[-1])}"
     if backend_of("cls_attention", qkv.device, qkv.dtype, shape, backend) == "torch":
-        return naive_cls_attention(qkv, segments)
+        with torch.autocast(qkv.device.type, enabled=False):  # in float32
+            return naive_cls_attention(qkv, list(zip(counts, lengths)))
+    require_no_tangent(qkv)
     return cls_attention_forward(qkv, counts, lengths)
 
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xkd_kernels.backends import backend_of
+from xkd_kernels.checks import require_float_type, require_floats, require_no_tangent, require_one_device, whole_number
 from xkd_kernels.configurations import launch_of
 
 CHANNELS = 4  # at most, where a mean and a deviation are given
@@ -64,7 +65,8 @@ def gather_patches(
 
     Args:
         clip: [B, C, T, H, W] video or [B, C, F, T] spectrogram, of any strides; 8-bit values are divided by 255.
-        ids: [B, n] numbers of the patches to take, in grid order (time, height, width; or mel, time), 0 ≤ id < N.
+        ids: [B, n] numbers of the patches to take, in grid order (time, height, width; or mel, time), 0 ≤ id < N. Others are
+            an error on a CPU; on a GPU, which nothing waits for, an assertion of PyTorch's, or of our kernel a patch of NaN.
         patch: its extent along each axis of the grid.
         mean, std: per channel, of values after the division; empty = values as they are.
         dtype: of the result.
@@ -74,26 +76,48 @@ def gather_patches(
         [B, n, P] in ``dtype``, numbers in (time, height, width, channel) or (mel, time, channel) order.
 
     Raises:
-        ValueError: a patch that does not divide the clip, or mean and deviation that do not fit the channels.
+        ValueError: a patch that does not divide the clip, mean and deviation that do not fit the channels, types or shapes
+            other than these.
+        IndexError: ids of no patch, on a CPU.
         BackendError: a backend that cannot run here.
     """
-    sizes, channels = clip.shape[2:], clip.shape[1]
-    if len(patch) != len(sizes) or len(sizes) not in (2, 3) or any(size % extent for size, extent in zip(sizes, patch)):
-        raise ValueError(f"patch = {list(patch)} does not divide the clip's {list(sizes)}; each axis must be a multiple of it")
-    if len(mean) not in (0, channels) or len(std) != len(mean) or len(mean) > CHANNELS:
+    try:
+        patch = [whole_number(extent) for extent in patch]
+    except TypeError as error:
+        raise ValueError(f"patch = {patch!r} must be a list of whole numbers, an extent for each axis") from error
+    if clip.ndim not in (4, 5) or len(patch) != clip.ndim - 2:
         raise ValueError(
-            f"mean = {list(mean)} and std = {list(std)} of a clip with {channels} channels: none, or one for each "
-            f"of up to {CHANNELS} channels"
+            f"clip has the shape {list(clip.shape)} and patch = {patch}; [B, C, T, H, W] with three extents or [B, C, F, T] "
+            "with two are wanted"
         )
+    sizes, channels = clip.shape[2:], clip.shape[1]
+    if any(extent < 1 or size < 1 or size % extent for size, extent in zip(sizes, patch)):
+        raise ValueError(f"patch = {patch} does not divide the clip's {list(sizes)}; each axis must be a multiple of it")
+    if len(mean) not in (0, channels) or len(mean) > CHANNELS:
+        raise ValueError(
+            f"mean = {list(mean)} of a clip with {channels} channels: none, or one for each of up to {CHANNELS} channels"
+        )
+    if len(std) != len(mean) or not all(deviation > 0 for deviation in std):
+        raise ValueError(f"std = {list(std)} beside mean = {list(mean)}: as many, each above 0")
+    if clip.dtype != torch.uint8:
+        require_floats(clip=clip)
+    require_float_type(dtype)
+    if ids.ndim != 2 or len(ids) != len(clip) or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"ids has the shape {list(ids.shape)} and type {str(ids.dtype).removeprefix('torch.')}; [B, n] with the clip's "
+            f"B = {len(clip)}, int32 or int64, is wanted"
+        )
+    require_one_device(clip=clip, ids=ids)
     if gather_backend(clip, patch, dtype, backend) == "torch":
         return _by_indexing(clip, ids, patch, mean, std, dtype)
+    require_no_tangent(clip)
     return gather_patches_forward(clip, ids, list(patch), list(mean), list(std), dtype)
 
 
 def gather_backend(clip: Tensor, patch: Sequence[int], dtype: torch.dtype, backend: str) -> str:
     """Who copies such patches into ``dtype``; it is measured by the clip's type, or by the result's where that is integer."""
     kind = clip.dtype if clip.dtype.is_floating_point else dtype
-    return backend_of("gather_patches", clip.device, kind, str(clip.shape[1] * math.prod(patch)), backend)
+    return backend_of("gather_patches", clip.device, kind, str(whole_number(clip.shape[1]) * math.prod(patch)), backend)
 
 
 def _by_indexing(
@@ -104,11 +128,14 @@ def _by_indexing(
     split = [part for pair in zip(grid, patch, strict=True) for part in pair]
     cells = clip.reshape(*clip.shape[:2], *split).permute(0, *range(2, 2 + 2 * axes, 2), *range(3, 3 + 2 * axes, 2), 1)
     coordinates, rest = [], ids
-    for length in reversed(grid):
+    for length in reversed(grid[1:]):
         coordinates.append(rest % length)
         rest = rest.div(length, rounding_mode="floor")
+    coordinates.append(rest.masked_fill(ids < 0, grid[0]))  # what is no patch's number lies outside of the first axis
     clips = torch.arange(len(clip), device=clip.device).unsqueeze(1)
     found = cells[(clips, *reversed(coordinates))]
+    if found.dtype != torch.float64 and (clip.dtype == torch.uint8 or len(mean)):
+        found = found.float()
     if clip.dtype == torch.uint8:
         found = found / 255
     if len(mean):  # filled in place: a copy from the host would wait for the device
@@ -125,6 +152,7 @@ def gather_patches_forward(
     clip: Tensor, ids: Tensor, patch: list[int], mean: list[float], std: list[float], dtype: torch.dtype
 ) -> Tensor:
     """Normalised patches [B, n, P]."""
+    _check_ids(clip, ids, patch)
     patches = _empty_patches(clip, ids, patch, dtype)
     constants, arguments = _geometry(clip, patch)
     scale, shift = _affine(clip, mean, std)
@@ -145,6 +173,7 @@ def _(clip: Tensor, ids: Tensor, patch: list[int], mean: list[float], std: list[
 def gather_patches_backward(gradient: Tensor, ids: Tensor, clip: Tensor, patch: list[int], std: list[float]) -> Tensor:
     """The gradient of a floating clip, in its type; patches taken twice add up."""
     to_clip = torch.zeros(clip.shape, dtype=torch.float32, device=clip.device)
+    _check_ids(clip, ids, patch)
     constants, arguments = _geometry(to_clip, patch)
     scale, _ = _affine(clip, [0.0] * len(std), std)
     launch = launch_of("gather_patches_backward", gradient, str(gradient.shape[-1]))
@@ -173,6 +202,13 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 gather_patches_forward.register_autograd(_differentiate, setup_context=_keep)
 
 
+def _check_ids(clip: Tensor, ids: Tensor, patch: list[int]) -> None:
+    """Interpreted, a kernel would read the host's memory anywhere; a GPU's is not waited for."""
+    patches = math.prod(size // extent for size, extent in zip(clip.shape[2:], patch, strict=True))
+    if clip.device.type == "cpu" and ids.numel() and not bool(((ids >= 0) & (ids < patches)).all()):
+        raise IndexError(f"ids lie in {int(ids.min())} to {int(ids.max())}, but the clip's patches in 0 to {patches - 1}")
+
+
 def _empty_patches(clip: Tensor, ids: Tensor, patch: list[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(*ids.shape, clip.shape[1] * math.prod(patch), dtype=dtype, device=clip.device)
 
@@ -182,9 +218,10 @@ def _geometry(clip: Tensor, patch: list[int]) -> tuple[dict[str, int], list[int]
     flat = 3 - len(patch)
     sizes, strides = [1] * flat + list(clip.shape[2:]), [0] * flat + list(clip.stride()[2:])
     extents = [1] * flat + list(patch)
-    _, rows, columns = (size // extent for size, extent in zip(sizes, extents, strict=True))
+    depth, rows, columns = (size // extent for size, extent in zip(sizes, extents, strict=True))
     names = ("DEPTH", "HEIGHT", "WIDTH")
     constants = dict(zip(names, extents, strict=True)) | {"GRID_ROWS": rows, "GRID_COLUMNS": columns}
+    constants["PATCHES"] = depth * rows * columns
     return constants | {"CHANNELS": clip.shape[1]}, [*clip.stride()[:2], *strides]
 
 
@@ -228,10 +265,11 @@ def _gather_patches_forward_kernel(
     clip, ids, patches, count, stride_clip, stride_channel, stride_t, stride_h, stride_w,
     scale_0, scale_1, scale_2, scale_3, shift_0, shift_1, shift_2, shift_3,
     DEPTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GRID_ROWS: tl.constexpr,
-    GRID_COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    GRID_COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     patch = tl.load(ids + place).to(tl.int64)
+    is_there = (patch >= 0) & (patch < PATCHES)
     clip += place // count * stride_clip
     NUMBERS: tl.constexpr = DEPTH * HEIGHT * WIDTH * CHANNELS
     for first in range(0, NUMBERS, BLOCK):
@@ -240,9 +278,10 @@ def _gather_patches_forward_kernel(
             patch, numbers, stride_channel, stride_t, stride_h, stride_w,
             DEPTH, HEIGHT, WIDTH, GRID_ROWS, GRID_COLUMNS, CHANNELS,
         )  # fmt: skip
-        values = tl.load(clip + where, mask=numbers < NUMBERS, other=0).to(tl.float32)
+        values = tl.load(clip + where, mask=(numbers < NUMBERS) & is_there, other=0).to(tl.float32)
         values *= _by_channel(numbers, scale_0, scale_1, scale_2, scale_3, CHANNELS)
         values += _by_channel(numbers, shift_0, shift_1, shift_2, shift_3, CHANNELS)
+        values = tl.where(is_there, values, float("nan"))
         tl.store(patches + place * NUMBERS + numbers, values.to(patches.dtype.element_ty), mask=numbers < NUMBERS)
 
 
@@ -251,10 +290,11 @@ def _gather_patches_backward_kernel(
     gradient, ids, to_clip, count, stride_clip, stride_channel, stride_t, stride_h, stride_w,
     scale_0, scale_1, scale_2, scale_3,
     DEPTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GRID_ROWS: tl.constexpr,
-    GRID_COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    GRID_COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     patch = tl.load(ids + place).to(tl.int64)
+    is_there = (patch >= 0) & (patch < PATCHES)
     to_clip += place // count * stride_clip
     NUMBERS: tl.constexpr = DEPTH * HEIGHT * WIDTH * CHANNELS
     for first in range(0, NUMBERS, BLOCK):
@@ -265,4 +305,4 @@ def _gather_patches_backward_kernel(
         )  # fmt: skip
         values = tl.load(gradient + place * NUMBERS + numbers, mask=numbers < NUMBERS, other=0.0).to(tl.float32)
         values *= _by_channel(numbers, scale_0, scale_1, scale_2, scale_3, CHANNELS)
-        tl.atomic_add(to_clip + where, values, mask=numbers < NUMBERS)
+        tl.atomic_add(to_clip + where, values, mask=(numbers < NUMBERS) & is_there)

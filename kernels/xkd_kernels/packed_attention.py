@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xkd_kernels.backends import backend_of, shape_class
+from xkd_kernels.checks import require_floats, require_no_tangent, whole_number
 from xkd_kernels.configurations import launch_of
 from xkd_kernels.segments import Runs, SegmentTable, segment_tables, split_runs
 
@@ -60,9 +61,11 @@ def packed_attention(qkv: Tensor, segments: Runs, *, backend: str = "auto") -> T
         BackendError: a backend that cannot run here.
     """
     counts, lengths = checked_runs(qkv, segments)
-    shape = f"{shape_class(max(lengths))}x{qkv.shape[-1]}"
+    shape = f"{shape_class(max(lengths))}x{whole_number(qkv.shape[-1])}"
     if backend_of("packed_attention", qkv.device, qkv.dtype, shape, backend) == "torch":
-        return _by_sdpa(qkv, segments)
+        with torch.autocast(qkv.device.type, enabled=False):  # the result is in the type of qkv
+            return _by_sdpa(qkv, list(zip(counts, lengths)))
+    require_no_tangent(qkv)
     return packed_attention_forward(qkv, counts, lengths)[0]
 
 
@@ -70,9 +73,10 @@ def checked_runs(qkv: Tensor, segments: Runs) -> tuple[list[int], list[int]]:
     """Numbers and lengths of the segments of a packed projection.
 
     Raises:
-        ValueError: a shape other than [M, 3, h, d], or segments that do not make up M tokens.
+        ValueError: a type that is not floating, a shape other than [M, 3, h, d], or segments that do not make up M tokens.
     """
-    if qkv.ndim != 4 or qkv.shape[1] != 3:
+    require_floats(qkv=qkv)
+    if qkv.ndim != 4 or qkv.shape[1] != 3 or 0 in qkv.shape[2:]:
         raise ValueError(f"qkv has the shape {list(qkv.shape)}, but [tokens, 3, heads, head width] is wanted")
     return split_runs(segments, qkv.shape[0])
 

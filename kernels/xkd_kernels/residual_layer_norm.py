@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xkd_kernels.backends import backend_of
+from xkd_kernels.checks import require_float_type, require_floats, require_no_tangent, require_one_device, whole_number
 from xkd_kernels.configurations import launch_of
 
 PROGRAMS_PER_PROCESSOR = 4  # of the backward pass: each sums its rows' gradients of weight and bias
@@ -58,16 +59,22 @@ def residual_layer_norm(
         The sum in the type of ``x``, and the normalised sum in ``dtype``.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes, types or devices that do not fit.
         BackendError: a backend that cannot run here.
     """
     if branch.shape != x.shape or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (x, branch, weight, bias))
         raise ValueError(f"x, branch, weight, bias have the shapes {shapes}, but [..., D] twice and [D] twice are wanted")
-    width, dtype = x.shape[-1], dtype or x.dtype
+    if x.ndim == 0 or x.shape[-1] == 0 or not eps >= 0:
+        raise ValueError(f"x has the shape {list(x.shape)} and eps = {eps}; rows of at least 1 number and eps ≥ 0 are wanted")
+    width, dtype = whole_number(x.shape[-1]), dtype or x.dtype
+    require_floats(x=x, branch=branch, weight=weight, bias=bias)
+    require_float_type(dtype)
+    require_one_device(x=x, branch=branch, weight=weight, bias=bias)
     if backend_of("residual_layer_norm", x.device, x.dtype, str(width), backend) == "torch":
         total = (x + branch).to(x.dtype)
         return total, F.layer_norm(total, (width,), weight.to(x.dtype), bias.to(x.dtype), eps).to(dtype)
+    require_no_tangent(x, branch, weight, bias)
     total, normalised, _, _ = residual_layer_norm_forward(x, branch, weight, bias, eps, dtype)
     return total, normalised
 

@@ -10,6 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from xkd_kernels.checks import whole_number
+
 Runs = Sequence[tuple[int, int]]
 """Runs of segments of equal length, in the order of the rows: (number of segments, tokens of each)."""
 
@@ -20,12 +22,20 @@ def split_runs(segments: Runs, rows: int) -> tuple[list[int], list[int]]:
     Raises:
         ValueError: a run without tokens, or runs that do not make up ``rows`` tokens.
     """
-    counts, lengths = [run[0] for run in segments], [run[1] for run in segments]
+    try:
+        pairs = [(whole_number(count), whole_number(length)) for count, length in segments]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"segments = {segments!r} must be a list of pairs of whole numbers: (number of segments, tokens of each)"
+        ) from error
+    if not pairs:
+        raise ValueError("segments is empty; give at least one run (number of segments, tokens of each)")
+    segments, counts, lengths = pairs, [count for count, _ in pairs], [length for _, length in pairs]
     if any(count < 1 or length < 1 for count, length in zip(counts, lengths, strict=True)):
         raise ValueError(f"segments = {list(segments)}: each run is (number of segments, tokens of each), both at least 1")
     total = sum(count * length for count, length in zip(counts, lengths, strict=True))
     if total != rows:
-        raise ValueError(f"segments = {list(segments)} make up {total} tokens, but there are {rows}")
+        raise ValueError(f"segments = {list(segments)} make up {total} tokens, but there are {rows}; they must cover all rows")
     return counts, lengths
 
 

@@ -1,0 +1,160 @@
+"""Wrong input is one clear error before a kernel reads memory by it, and both backends agree on what is wrong."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+import xkd_kernels as X
+
+CLIP = torch.zeros(2, 3, 4, 32, 32, dtype=torch.uint8)
+IDS = torch.tensor([[0, 7], [3, 3]])
+PATCH = (2, 16, 16)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+QKV = torch.randn(10, 3, 2, 16)
+ROWS, ONES, ZEROS = torch.randn(4, 8), torch.ones(8), torch.zeros(8)
+
+
+def gather(clip=CLIP, ids=IDS, patch=PATCH, **more):
+    return lambda backend: X.gather_patches(clip, ids, patch, backend=backend, **more)
+
+
+def attend(qkv=QKV, segments=((2, 5),)):
+    return lambda backend: X.packed_attention(qkv, segments, backend=backend)
+
+
+def norm(x=ROWS, branch=ROWS, weight=ONES, bias=ZEROS, eps=1e-5, **more):
+    return lambda backend: X.residual_layer_norm(x, branch, weight, bias, eps, backend=backend, **more)
+
+
+WRONG = {
+    "ids beyond the last patch": (gather(ids=IDS + 1), "."),
+    "ids far away": (gather(ids=IDS + 10**9), "."),
+    "ids below the first": (gather(ids=IDS - 1), "."),
+    "ids of another batch": (gather(ids=IDS.repeat(2, 1)), r"ids has the shape \[4, 2\] .* the clip's B = 2"),
+    "ids for one clip": (gather(ids=IDS[:1]), r"ids has the shape \[1, 2\]"),
+    "ids without a batch": (gather(ids=IDS[0]), r"ids has the shape \[2\]"),
+    "ids that are truths": (gather(ids=IDS > 0), "type bool"),
+    "ids that are floats": (gather(ids=IDS.float()), "type float32"),
+    "ids elsewhere": (gather(ids=IDS.to("meta")), "ids is on meta, clip on cpu"),
+    "a clip of 64-bit integers": (gather(clip=CLIP.long(), mean=MEAN, std=STD), "clip is of type int64"),
+    "a clip of truths": (gather(clip=CLIP > 0), "clip is of type bool"),
+    "a complex clip": (gather(clip=CLIP.to(torch.complex64)), "clip is of type complex64"),
+    "a clip without frames": (gather(clip=CLIP[:, :, :0]), r"does not divide the clip's \[0, 32, 32\]"),
+    "a clip with an axis too many": (gather(clip=CLIP.unsqueeze(0)), r"clip has the shape .* with three extents"),
+    "a patch of nothing": (gather(patch=(0, 16, 16)), "does not divide"),
+    "a patch of parts": (gather(patch=(2.0, 16, 16)), "must be a list of whole numbers"),
+    "a result of integers": (gather(dtype=torch.uint8), "dtype = uint8"),
+    "a deviation of nothing": (gather(mean=MEAN, std=(0.0, 1.0, 1.0)), "each above 0"),
+    "a deviation of NaN": (gather(mean=MEAN, std=(float("nan"), 1.0, 1.0)), "each above 0"),
+    "no segments": (attend(segments=[]), "segments is empty"),
+    "segments that are lengths": (attend(segments=[5, 5]), "must be a list of pairs"),
+    "segments of three numbers": (attend(segments=[(2, 5, 1)]), "must be a list of pairs"),
+    "segments of parts": (attend(segments=[(2.0, 5)]), "must be a list of pairs"),
+    "no segments at all": (attend(segments=None), "must be a list of pairs"),
+    "segments in words": (attend(segments="25"), "must be a list of pairs"),
+    "integers to attend": (attend(qkv=torch.ones(10, 3, 2, 16, dtype=torch.int32)), "qkv is of type int32"),
+    "heads of no width": (attend(qkv=QKV[..., :0]), "heads, head width"),
+    "a branch elsewhere": (norm(branch=ROWS.to("meta")), "branch is on meta, x on cpu"),
+    "integers to normalise": (norm(x=ROWS.long()), "x is of type int64"),
+    "a norm of integers": (norm(dtype=torch.int32), "dtype = int32"),
+    "a negative eps": (norm(eps=-1.0), "eps ≥ 0"),
+    "rows of nothing": (norm(*[ROWS[:, :0]] * 2, ONES[:0], ZEROS[:0]), "rows of at least 1 number"),
+    "a bias elsewhere": (lambda backend: X.bias_gelu(ROWS, ZEROS.to("meta"), backend=backend), "bias is on meta"),
+    "a GELU of integers": (lambda backend: X.bias_gelu(ROWS.int(), ZEROS, backend=backend), "h is of type int32"),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_refused(name, backend):
+    """Catches memory read or written outside of a tensor, numbers computed from nonsense, and backends that disagree."""
+    call, message = WRONG[name]
+    with pytest.raises((ValueError, IndexError), match=message):
+        call(backend)
+
+
+def test_a_kernel_on_a_gpu_makes_ids_of_no_patch_show(monkeypatch):
+    """Catches a read outside of the clip where nothing waits to check: there such a patch is NaN, and gives no gradient."""
+    monkeypatch.setattr(sys.modules["xkd_kernels.gather_patches"], "_check_ids", lambda *of: None)
+    clip = torch.randn(2, 3, 4, 32, 32, requires_grad=True)
+    ids = torch.tensor([[0, 8], [-1, 3]])
+    patches = X.gather_patches(clip, ids, PATCH, backend="triton")
+    assert patches.isnan().all(dim=-1).tolist() == [[False, True], [True, False]]
+    patches.nan_to_num().sum().backward()
+    there = X.naive_gather_patches(torch.ones_like(clip), torch.tensor([[0], [3]]), PATCH)
+    assert clip.grad.sum() == there.sum() and clip.grad.max() == 1
+
+
+def test_segments_given_as_a_tensor_are_read_and_left_alone():
+    """Catches a caller's tensor changed in place by a helper, and kernels launched by tensors for numbers."""
+    segments = torch.tensor([[2, 5]])
+    for backend in ("torch", "triton"):
+        found = X.packed_attention(QKV, segments, backend=backend)
+        torch.testing.assert_close(found, X.naive_packed_attention(QKV, [(2, 5)]), rtol=1e-5, atol=1e-6)
+    assert segments.tolist() == [[2, 5]]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+def test_half_clips_are_normalised_in_float32(kind, backend):
+    """Catches a clip normalised in its own type: three digits lost."""
+    clip = torch.rand(2, 3, 4, 32, 32).to(kind)
+    found = X.gather_patches(clip, IDS, PATCH, MEAN, STD, backend=backend)
+    torch.testing.assert_close(found, X.naive_gather_patches(clip, IDS, PATCH, MEAN, STD), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_autocast_changes_no_type(backend):
+    """Catches results whose type depends on who computes them."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert X.packed_attention(QKV, [(2, 5)], backend=backend).dtype == torch.float32
+        assert X.cls_attention(QKV, [(2, 5)], backend=backend).dtype == torch.float32
+        assert X.bias_gelu(ROWS, ZEROS, backend=backend).dtype == torch.float32
+
+
+def test_forward_mode_is_refused_by_kernels():
+    """Catches tangents of zero where there is a derivative."""
+    calls = {
+        "packed_attention": lambda x: X.packed_attention(x, [(2, 5)], backend="triton"),
+        "cls_attention": lambda x: X.cls_attention(x, [(2, 5)], backend="triton"),
+    }
+    for call in calls.values():
+        with pytest.raises(NotImplementedError, match="for forward mode take backend='torch'"):
+            torch.func.jvp(call, (QKV,), (torch.ones_like(QKV),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(ROWS, torch.ones_like(ROWS))
+        for call in (lambda: norm(x=dual)("triton"), lambda: X.bias_gelu(dual, ZEROS, backend="triton")):
+            with pytest.raises(NotImplementedError, match="differentiate backward only"):
+                call()
+    _, tangent = torch.func.jvp(lambda x: X.cls_attention(x, [(2, 5)], backend="torch"), (QKV,), (torch.randn_like(QKV),))
+    assert tangent.abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_other_lengths_and_widths_compile_again(backend):
+    """Catches a graph break, or an error, at the second shape that a compiled program meets."""
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def attend_and_norm(qkv, segments, x, weight, bias):
+        mixed = X.packed_attention(qkv, segments, backend=backend)
+        return mixed, X.residual_layer_norm(x, x, weight, bias, backend=backend)[1], X.bias_gelu(x, bias, backend=backend)
+
+    for rows, segments, width in ((10, [(2, 5)], 8), (12, [(2, 6)], 24), (14, [(1, 6), (2, 4)], 40)):
+        qkv, x = torch.randn(rows, 3, 2, 16), torch.randn(4, width)
+        mixed, *_ = attend_and_norm(qkv, segments, x, torch.ones(width), torch.zeros(width))
+        torch.testing.assert_close(mixed, X.naive_packed_attention(qkv, segments), rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_operators_and_backends_are_named():
+    """Catches a mistyped operator that is quietly PyTorch's."""
+    with pytest.raises(X.BackendError, match="operator 'packed_atention' is not one of packed_attention"):
+        X.choose("packed_atention", torch.device("cpu"), torch.float32, "128x64")
+    with pytest.raises(X.BackendError, match="backend 'cuda' of bias_gelu is not one of auto, triton, torch"):
+        X.bias_gelu(ROWS, ZEROS, backend="cuda")
+    if not torch.cuda.is_available():
+        with pytest.raises(X.BackendError, match="torch sees no CUDA device here; torch can"):
+            X.choose("bias_gelu", torch.device("cuda"), torch.float32, "8", "triton")
