@@ -312,7 +312,7 @@ def _adamw_ema(
     torch._foreach_mul_(g, list(scales.to(g[0].dtype).unbind()))
     for decay in sorted({weight_decays[i] for i in tensor}):
         own = [j for j, i in enumerate(tensor) if weight_decays[i] == decay]
-        steps = [torch.tensor(float(step), device=scales.device) for _ in own]
+        steps = [torch.full((), float(step), device=scales.device)] * len(own)  # read only
         torch._fused_adamw_(
             [p[j] for j in own], [g[j] for j in own], [m[j] for j in own], [v[j] for j in own], [], steps,
             lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False,

@@ -25,6 +25,7 @@ from xkd_fast.engine.schedule import Moment
 from xkd_fast.engine.stragglers import Stragglers
 from xkd_fast.engine.updates import choose_update
 from xkd_fast.engine.zero import arrange, gather_whole_model, states_on, told_losses, whole
+from xkd_fast.errors import UserError
 from xkd_fast.objective.losses import Losses
 from xkd_fast.reference import MODALITIES
 
@@ -159,7 +160,11 @@ class Engine:
             self._update_centres()
         self._teacher_means = {}
         if self.optimizer.watches_overflow:
-            self.loss_scale.update(overflowed=not applied)
+            try:
+                self.loss_scale.update(overflowed=not applied)
+            except UserError as error:  # every rank has seen the same gradients
+                error.is_told = dist.get_rank() > 0
+                raise
         return applied
 
     @torch.no_grad()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @dataclass
@@ -71,3 +72,9 @@ def shares_of(tensors: list[int], sizes: list[int], shares: list[int], rank: int
             pieces.append(Piece(tensor, position, count))
         position += share
     return pieces
+
+
+def indices_on(places: list[int], device: torch.device) -> Tensor:
+    """Places as a tensor on the device; the copy does not wait for it."""
+    indices = torch.tensor(places, dtype=torch.long)
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices

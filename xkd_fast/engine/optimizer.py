@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xkd_fast.engine.ema import Teachers
-from xkd_fast.engine.groups import ParameterGroup, Piece, slice_of
+from xkd_fast.engine.groups import ParameterGroup, Piece, indices_on, slice_of
 from xkd_fast.engine.updates import Update
 from xkd_kernels import Segments, squared_norms
 
@@ -147,7 +147,7 @@ class ClippedAdamW(torch.optim.Optimizer):
         if self.skipped:
             return
         self.scales = self._clipping(self.squared_norms) * self.inverse_scale
-        places = _indices(slots, self.scales.device)
+        places = indices_on(slots, self.scales.device)
         self.update(shares, segments, self.scales[places], self.state, None if is_sharded else self.teachers)
 
     def _norms_of_tensors(self, gradients: list[Tensor], segments: Segments, slots: list[int], is_sharded: bool) -> Tensor:
@@ -156,7 +156,7 @@ class ClippedAdamW(torch.optim.Optimizer):
         own = squared_norms(gradients, segments) if segments.count else torch.zeros(0)
         found = own.new_zeros(count, device=gradients[0].device if gradients else None)
         if slots:
-            found.index_copy_(0, _indices(slots, found.device), own)  # a rank has at most one piece of a tensor
+            found.index_copy_(0, indices_on(slots, found.device), own)  # a rank has at most one piece of a tensor
         if is_sharded and dist.is_initialized():
             found = _summed_over_ranks(found)
         return found
@@ -185,9 +185,3 @@ def _summed_over_ranks(numbers: Tensor) -> Tensor:
     on_device = numbers.cuda() if dist.get_backend() == "nccl" else numbers
     dist.all_reduce(on_device)
     return on_device.to(numbers.device)
-
-
-def _indices(slots: list[int], device: torch.device) -> Tensor:
-    """Slots as a tensor on the device; the copy does not wait for it."""
-    indices = torch.tensor(slots, dtype=torch.long)
-    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from xkd_fast.engine.groups import indices_on
 from xkd_fast.errors import UserError
 from xkd_kernels import Segments, adamw_ema_, choose
 from xkd_kernels.adamw_ema import OPERATOR
@@ -78,7 +79,7 @@ class Xkd(Update):
                 [segments.start[i] for i in kept],
                 [segments.count[i] for i in kept],
             )
-            some = scales if len(kept) == len(segments.tensor) else scales[torch.tensor(kept, device=scales.device)]
+            some = scales if len(kept) == len(segments.tensor) else scales[indices_on(kept, scales.device)]
             self._move([shares[number] for number in own], part, some, states, step, teachers)
 
     def _move(
