@@ -143,7 +143,7 @@ def test_killed_run_resumes_exactly(uninterrupted: tuple[Path, Path, str]) -> No
     assert "resumed from" in printed
     expected, actual = rows(whole), rows(output)
     assert [row["step"] for row in actual] == list(range(1, STEPS + 1))
-    names = [name for name in expected[0] if name not in ("clips_per_second", "data_wait_share", "host_memory_gib")]
+    names = [name for name in expected[0] if name not in ("clips_per_second", "mfu", "data_wait_share", "host_memory_gib")]
     for before, after in zip(expected, actual, strict=True):
         for name in names:
             assert after[name] == pytest.approx(before[name], rel=1e-5, abs=1e-7), f"step {before['step']}: {name}"
@@ -199,6 +199,17 @@ def test_a_damaged_checkpoint_is_one_clear_error(uninterrupted: tuple[Path, Path
         assert error.endswith(f"resume from the one before, checkpoint.resume={output}/checkpoints/step-00000001")
         assert "Traceback" not in printed
     run([sys.executable, *command(output, data, *options, "--resume", f"{output}/checkpoints/step-00000001")[5:]])
+
+
+def test_a_rank_saves_its_share_alone(uninterrupted: tuple[Path, Path, str]) -> None:
+    """Red if the optimiser's files hold the whole model's weights once per rank: hundreds of gigabytes on many GPUs."""
+    checkpoint = uninterrupted[0] / "checkpoints" / "step-00000018"
+    state = read_safetensors(checkpoint / "model.safetensors")
+    trained = sum(tensor.numel() for name, tensor in state.items() if "_student." in name or "_decoder." in name)
+    files = [path.stat().st_size for path in checkpoint.glob("zero_pp_rank_*")]
+    assert len(files) == 2
+    for size in files:
+        assert 12 * trained / 2 < size < 1.05 * 12 * trained / 2 + 100_000  # weights and two moments in float32
 
 
 def test_an_output_that_cannot_be_written_is_one_clear_error(uninterrupted: tuple[Path, Path, str]) -> None:

@@ -29,7 +29,7 @@ from xkd_fast.config import Config, render_config
 from xkd_fast.data.shards import ShardSet
 from xkd_fast.engine.engine import Engine
 from xkd_fast.engine.launch import every_rank, first_rank_first
-from xkd_fast.engine.zero import whole
+from xkd_fast.engine.zero import partitions_apart, whole
 from xkd_fast.errors import UserError
 from xkd_fast.weights import read_safetensors, write_safetensors
 
@@ -193,7 +193,7 @@ class Checkpoints:
             partial.mkdir(parents=True)
 
     def _write(self, engine: Engine, state: TrainState, config: Config, partial: Path) -> None:
-        with _errors_after_barriers(engine.deepspeed):
+        with _errors_after_barriers(engine.deepspeed), partitions_apart(engine.deepspeed):
             engine.deepspeed.save_checkpoint(
                 str(self.directory),
                 tag=partial.name,

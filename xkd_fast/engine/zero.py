@@ -75,6 +75,21 @@ def _one_copy_of_weights(wrapped: Any) -> None:
             partition.data = own
 
 
+@contextmanager
+def partitions_apart(deepspeed: Any) -> Iterator[None]:
+    """Inside, partitions that are a part of the model have memory of their own: saving a view saves all that it looks at."""
+    wrapped = deepspeed.optimizer
+    partitions = getattr(wrapped, "single_partition_of_fp32_groups", [])
+    places = [partition.data for partition in partitions]
+    for partition in partitions:
+        partition.data = partition.data.clone()
+    try:
+        yield
+    finally:
+        for partition, place in zip(partitions, places, strict=True):
+            partition.data = place
+
+
 def _publish_partitions(wrapped: Any) -> None:
     """Copy the moved partitions to the model, where they are not a part of it."""
     rank = dist.get_rank()
