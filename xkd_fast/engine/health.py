@@ -67,9 +67,9 @@ def health(engine: Engine, outputs: Outputs) -> dict[str, float]:
 @torch.no_grad()
 def squared_distance(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     """[2]: Σ‖student − teacher‖² and Σ‖student‖² over pairs of tensors."""
-    students, teachers = zip(*pairs, strict=True)
-    apart = torch._foreach_norm(torch._foreach_sub(list(students), list(teachers)))
-    return torch.stack([torch.stack(apart).square().sum(), torch.stack(torch._foreach_norm(list(students))).square().sum()])
+    apart = [(student - teacher).norm() for student, teacher in pairs]  # one difference in memory at a time
+    lengths = torch._foreach_norm([student for student, _ in pairs])
+    return torch.stack([torch.stack(apart).square().sum(), torch.stack(lengths).square().sum()])
 
 
 def collapse(row: dict[str, float], prototypes: int, clips: int) -> str | None:
