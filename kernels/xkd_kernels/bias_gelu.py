@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xkd_kernels.backends import backend_of
 from xkd_kernels.checks import require_floats, require_no_tangent, require_one_device, whole_number
-from xkd_kernels.configurations import launch_of
+from xkd_kernels.configurations import launch_of, on_own_device
 from xkd_kernels.residual_layer_norm import programs_at_once
 
 ROOT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
@@ -60,6 +60,7 @@ def bias_gelu(h: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 @torch.library.custom_op("xkd_kernels::bias_gelu", mutates_args=())
+@on_own_device
 def bias_gelu_forward(h: Tensor, bias: Tensor) -> Tensor:
     """``gelu(h + bias)``, [..., H]."""
     h = h.contiguous()
@@ -77,6 +78,7 @@ def _(h: Tensor, bias: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("xkd_kernels::bias_gelu_backward", mutates_args=())
+@on_own_device
 def bias_gelu_backward(gradient: Tensor, h: Tensor, bias: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of h [..., H] and of the bias [H] in float32, and ``gelu(h + bias)`` if wanted ``again``, or else empty."""
     h, gradient, bias = h.contiguous(), gradient.contiguous(), bias.contiguous()

@@ -1,4 +1,4 @@
-"""How each kernel is launched: tile sizes, warps and pipeline stages, by kernel, type and shape class.
+"""How each kernel is launched: on which device, and with which tile sizes, warps and stages, by kernel, type and shape class.
 
 The defaults were chosen by what fits the registers of sm_80, sm_90 and sm_100 without spilling; ``tuned.json`` holds, by device
 name, what the benchmark found to be faster on a device, and goes before them.
@@ -6,17 +6,19 @@ name, what the benchmark found to be faster on a device, and goes before them.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 TUNED = Path(__file__).with_name("tuned.json")
+Operator = TypeVar("Operator", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -112,3 +114,20 @@ def launch_of(kernel: str, x: Tensor, shape: str) -> Launch:
     """The launch of ``kernel`` for a tensor like ``x``."""
     device = torch.cuda.get_device_name(x.device) if x.is_cuda else None
     return _launch(kernel, device, x.dtype, shape)
+
+
+def on_own_device(operator: Operator) -> Operator:
+    """An operator whose kernels run where its first tensor is, whichever device is the current one: Triton asks that one.
+
+    Stands between ``torch.library.custom_op`` and the function. Nothing on a CPU.
+    """
+
+    @wraps(operator)
+    def guarded(*inputs: Any, **options: Any) -> Any:
+        first = next(x for x in (*inputs, *options.values()) if isinstance(x, Tensor))
+        with torch.cuda.device_of(first):
+            return operator(*inputs, **options)
+
+    # custom_op reads annotations, which are strings, by the names that its function's module has, and here that is this one
+    guarded.__signature__ = inspect.signature(operator, eval_str=True)  # type: ignore[attr-defined]
+    return guarded  # type: ignore[return-value]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from xkd_kernels.backends import backend_of
 from xkd_kernels.checks import require_float_type, require_floats, require_no_tangent, require_one_device, whole_number
-from xkd_kernels.configurations import launch_of
+from xkd_kernels.configurations import launch_of, on_own_device
 
 CHANNELS = 4  # at most, where a mean and a deviation are given
 
@@ -148,6 +148,7 @@ def _by_indexing(
 
 
 @torch.library.custom_op("xkd_kernels::gather_patches", mutates_args=())
+@on_own_device
 def gather_patches_forward(
     clip: Tensor, ids: Tensor, patch: list[int], mean: list[float], std: list[float], dtype: torch.dtype
 ) -> Tensor:
@@ -170,6 +171,7 @@ def _(clip: Tensor, ids: Tensor, patch: list[int], mean: list[float], std: list[
 
 
 @torch.library.custom_op("xkd_kernels::gather_patches_backward", mutates_args=())
+@on_own_device
 def gather_patches_backward(gradient: Tensor, ids: Tensor, clip: Tensor, patch: list[int], std: list[float]) -> Tensor:
     """The gradient of a floating clip, in its type; patches taken twice add up."""
     to_clip = torch.zeros(clip.shape, dtype=torch.float32, device=clip.device)
@@ -248,7 +250,7 @@ def _place(patch, numbers, stride_channel, stride_t, stride_h, stride_w,
     w = (patch % GRID_COLUMNS) * WIDTH + pixel % WIDTH
     h = (patch // GRID_COLUMNS % GRID_ROWS) * HEIGHT + pixel // WIDTH % HEIGHT
     t = (patch // (GRID_COLUMNS * GRID_ROWS)) * DEPTH + pixel // (WIDTH * HEIGHT)
-    return (numbers % CHANNELS) * stride_channel + t * stride_t + h * stride_h + w * stride_w
+    return (numbers % CHANNELS).to(tl.int64) * stride_channel + t * stride_t + h * stride_h + w * stride_w
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from xkd_kernels.backends import backend_of, shape_class
 from xkd_kernels.checks import require_floats, require_no_tangent, whole_number
-from xkd_kernels.configurations import launch_of
+from xkd_kernels.configurations import launch_of, on_own_device
 from xkd_kernels.segments import Runs, SegmentTable, segment_tables, split_runs
 
 LOG2_E = 1.4426950408889634
@@ -103,6 +103,7 @@ def longest_whole(qkv: Tensor) -> int:
 
 
 @torch.library.custom_op("xkd_kernels::packed_attention", mutates_args=())
+@on_own_device
 def packed_attention_forward(qkv: Tensor, counts: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Mixed values [M, h·d] and, where segments are streamed, each row's log2 of its sum of exponentials [h, M] float32."""
     qkv, (rows, _, heads, width) = in_place(qkv), qkv.shape
@@ -130,6 +131,7 @@ def _log_sums(qkv: Tensor, lengths: list[int]) -> Tensor:
 
 
 @torch.library.custom_op("xkd_kernels::packed_attention_backward", mutates_args=())
+@on_own_device
 def packed_attention_backward(
     gradient: Tensor, qkv: Tensor, out: Tensor, log_sums: Tensor, counts: list[int], lengths: list[int]
 ) -> Tensor:
@@ -233,7 +235,8 @@ def _packed_attention_forward_kernel(
         channels = tl.arange(0, WIDTH_BLOCK)
         queries = first_query + tl.arange(0, Q_BLOCK)
         q_part = qkv + head.to(tl.int64) * stride_head
-        k_part, v_part = q_part + stride_part, q_part + 2 * stride_part
+        k_part = q_part + stride_part
+        v_part = k_part + stride_part  # twice the stride may not fit 32 bits
         q = load_rows(q_part, start + queries, queries < length, stride_token, channels, WIDTH)
 
         highest = tl.full([Q_BLOCK], float("-inf"), tl.float32)
@@ -273,8 +276,9 @@ def _packed_attention_whole_backward_kernel(
     row_width = tl.num_programs(1) * WIDTH
     q_grad = to_qkv + head * WIDTH
     part, token = row_width, 3 * row_width  # strides of the packed gradient
-    k = load_rows(q_part + stride_part, key_rows, inside, stride_token, channels, WIDTH)
-    v = load_rows(q_part + 2 * stride_part, key_rows, inside, stride_token, channels, WIDTH)
+    k_part = q_part + stride_part
+    k = load_rows(k_part, key_rows, inside, stride_token, channels, WIDTH)
+    v = load_rows(k_part + stride_part, key_rows, inside, stride_token, channels, WIDTH)
     to_k = tl.zeros([BLOCK, WIDTH_BLOCK], tl.float32)
     to_v = tl.zeros([BLOCK, WIDTH_BLOCK], tl.float32)
     for first_query in range(0, length, STEP):
@@ -310,7 +314,8 @@ def _packed_attention_streamed_backward_kernel(
         channels, tokens = tl.arange(0, WIDTH_BLOCK), first + tl.arange(0, BLOCK)
         inside, own_rows = tokens < length, start + tokens
         q_part = qkv + head.to(tl.int64) * stride_head
-        k_part, v_part = q_part + stride_part, q_part + 2 * stride_part
+        k_part = q_part + stride_part
+        v_part = k_part + stride_part  # twice the stride may not fit 32 bits
         row_width = tl.num_programs(1) * WIDTH
         out += head * WIDTH
         gradient += head * WIDTH

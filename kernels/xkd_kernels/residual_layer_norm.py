@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xkd_kernels.backends import backend_of
 from xkd_kernels.checks import require_float_type, require_floats, require_no_tangent, require_one_device, whole_number
-from xkd_kernels.configurations import launch_of
+from xkd_kernels.configurations import launch_of, on_own_device
 
 PROGRAMS_PER_PROCESSOR = 4  # of the backward pass: each sums its rows' gradients of weight and bias
 
@@ -83,6 +83,7 @@ def residual_layer_norm(
 
 
 @torch.library.custom_op("xkd_kernels::residual_layer_norm", mutates_args=())
+@on_own_device
 def residual_layer_norm_forward(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,6 +112,7 @@ def _(
 
 
 @torch.library.custom_op("xkd_kernels::residual_layer_norm_backward", mutates_args=())
+@on_own_device
 def residual_layer_norm_backward(
     to_total: Tensor | None,
     to_normalised: Tensor,

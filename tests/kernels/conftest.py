@@ -1,11 +1,34 @@
-"""Every tensor that a kernel is given to write begins as NaN, so a place that it leaves out shows."""
+"""Every tensor that a kernel is given to write begins as NaN, so a place that it leaves out shows.
+
+On a GPU every kernel is compiled for a second or two at each type and constant. So of each test the last case of each type
+goes before the benchmarks of ``gpu.sh``, and the others, marked ``further``, after them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks.kernel_cases import Case
+
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as ``further`` every case of a test but the last, and largest, of its types and names."""
+    seen = set()
+    for item in reversed(items):
+        if item.path.parent == HERE and isinstance(item, pytest.Function):
+            values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+            telling = (value for value in values if isinstance(value, (torch.dtype, str, Case)))
+            case = (item.path, item.originalname, *telling)
+            if case in seen:
+                item.add_marker("further")
+            seen.add(case)
 
 
 @pytest.fixture(autouse=True)

@@ -52,9 +52,9 @@ def test_an_explicit_choice_that_cannot_run_says_why(monkeypatch):
     """Catches a silent fallback."""
     choose.cache_clear()
     with pytest.raises(BackendError, match=r"triton of packed_attention cannot run here.*not in float64; torch can"):
-        packed_attention(torch.zeros(4, 3, 1, 16, dtype=torch.float64), [(1, 4)], backend="triton")
+        packed_attention(torch.zeros(4, 3, 1, 16, dtype=torch.float64, device=CPU), [(1, 4)], backend="triton")
     with pytest.raises(BackendError, match=r"backend .cuda. of packed_attention is not one of auto, triton, torch"):
-        packed_attention(torch.zeros(4, 3, 1, 16), [(1, 4)], backend="cuda")
+        packed_attention(torch.zeros(4, 3, 1, 16, device=CPU), [(1, 4)], backend="cuda")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(BackendError, match="set TRITON_INTERPRET=1 before xkd_kernels is imported; torch can"):
         choose("packed_attention", CPU, torch.float32, "16x16", "triton")
