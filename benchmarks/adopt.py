@@ -2,7 +2,7 @@
 
 Reads every ``benchmarks/results/kernels_*.json`` and writes ``kernels/xkd_kernels/measured.json`` (who computes an operator on
 which device) and ``tuned.json`` (how its kernels are launched there). Triton computes where its forward and backward pass
-together take less time than those of every rival; a launch is taken up where it was faster than the default. Cases that share
+together take less time than those of every rival; where one is faster, PyTorch computes and the rival is named. A launch is taken up where it was faster than the default. Cases that share
 operator, type and shape class decide together. From ``optimizer_cuda.json`` likewise: the optimiser's compiled operator where
 it beats every rival.
 """
@@ -28,7 +28,7 @@ Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # by device, operator o
 
 
 def winners(results: Iterable[dict[str, Any]]) -> Table:
-    """Who computes each operator: "triton" or "torch"."""
+    """Who is the fastest at each operator: "triton", "torch", or a rival that is neither, such as "compiled"."""
     passes: dict[Place, list[dict[str, float]]] = defaultdict(list)
     for result in results:
         for row in result["rows"]:
@@ -36,7 +36,8 @@ def winners(results: Iterable[dict[str, Any]]) -> Table:
             for seconds in row["seconds"].values():
                 passes[place].append({name: spread["median"] for name, spread in seconds.items()})
     totals = {place: _totals(seconds) for place, seconds in passes.items()}
-    return _table({place: "triton" if _least(total) == "fused" else "torch" for place, total in totals.items()})
+    fastest = {place: _least(total) for place, total in totals.items()}
+    return _table({place: "triton" if name == "fused" else name for place, name in fastest.items()})
 
 
 def optimizers(results: Iterable[dict[str, Any]]) -> Table:

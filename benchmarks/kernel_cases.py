@@ -65,14 +65,22 @@ def runs_of(qkv: Tensor, lengths: tuple[int, ...]) -> Runs:
     return [(len(qkv) // sum(lengths), length) for length in lengths]
 
 
-def _attention(place: str, lengths: tuple[int, ...], width: int, *, trained: bool, heads: int = HEADS) -> Case:
+def _attention(
+    place: str,
+    lengths: tuple[int, ...],
+    width: int,
+    *,
+    trained: bool,
+    heads: int = HEADS,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Case:
     def inputs(clips: int, device: torch.device) -> list[Tensor]:
         shape = (clips * sum(lengths), 3, heads, width)
-        return [torch.randn(shape, dtype=torch.bfloat16, device=device, requires_grad=trained)]
+        return [torch.randn(shape, dtype=dtype, device=device, requires_grad=trained)]
 
     return Case(
         f"packed_attention, {place}",
-        torch.bfloat16,
+        dtype,
         f"{shape_class(max(lengths))}x{width}",
         inputs,
         lambda backend, qkv: kernels.packed_attention(qkv, runs_of(qkv, lengths), backend=backend),
@@ -168,6 +176,9 @@ CASES = (
 # Sizes that the base model does not have but users may: other head widths, a trained CLS attention, float32.
 FURTHER = (
     *(_attention(f"head width {width}", (50, 200), width, trained=True) for width in (16, 24, 128)),
+    *(_attention(f"100 tokens, head width {width}", (100,), width, trained=True) for width in (16, 24, 32)),
+    *(_attention(f"float32, {width}", (30, 200), width, trained=True, dtype=torch.float32) for width in (64, 128)),
+    _attention("short float32, 24", (30,), 24, trained=True, dtype=torch.float32),
     _cls_attention("trained", 141, trained=True),
     _residual_layer_norm("large", 254, 1024),
 )

@@ -240,14 +240,16 @@ def describe(
     """What is about to happen, in a few lines."""
     import torch
 
+    from xkd_fast.model.attention import described as attention_described
     from xkd_fast.model.kernels import described
 
     train, model = config.train, config.model
     clips, accumulation = train.clips_per_pass(world_size), train.accumulation(world_size)
     attention = getattr(engine.module, "attention", None)
-    choices = [f"attention: {attention.name}, {attention.reason}"] if attention else []
+    choices: list[str] = []
     if attention:
-        choices += described(model, engine.device, getattr(torch, train.precision))
+        where = (model, engine.device, getattr(torch, train.precision))
+        choices = [*attention_described(attention, *where), *described(*where)]
     machine = f"{world_size} × {engine.device.type}, {train.precision}, ZeRO {train.zero_stage}"
     lines = [
         f"{model.variant} ({model.implementation}) on {machine}",

@@ -42,6 +42,8 @@ class Launch:
 
 
 def _attention_forward(dtype: torch.dtype, length: int, width: int) -> Launch:
+    if dtype == torch.float32 and width > 64:
+        return Launch({"Q_BLOCK": min(length, 32), "K_BLOCK": 16}, warps=8)
     if dtype == torch.float32:
         return Launch({"Q_BLOCK": min(length, 32), "K_BLOCK": min(length, 32)}, warps=4)
     if width > 64:
@@ -52,12 +54,16 @@ def _attention_forward(dtype: torch.dtype, length: int, width: int) -> Launch:
 
 
 def _attention_whole_backward(dtype: torch.dtype, length: int, width: int) -> Launch:
-    return Launch({"STEP": min(length, 64 if width <= 32 else 32)}, warps=8 if length * width > 4096 else 4, stages=1)
+    if dtype == torch.float32:
+        return Launch({"STEP": 16}, warps=4 if width <= 64 else 16, stages=1)
+    if width <= 32:  # at 128 keys, four warps spill 16 to 56 bytes in steps of 64, and none in these
+        return Launch({"STEP": min(length, 64) if length < 128 else 16}, warps=4, stages=1)
+    return Launch({"STEP": min(length, 32)}, warps=8 if length * width > 4096 else 4, stages=1)
 
 
 def _attention_streamed_backward(dtype: torch.dtype, length: int, width: int) -> Launch:
     if dtype == torch.float32:
-        return Launch({"BLOCK": 32, "STEP": 32}, warps=4, stages=1)
+        return Launch({"BLOCK": 32 if width <= 64 else 16, "STEP": 16}, warps=8, stages=1)
     return Launch({"BLOCK": 64, "STEP": 32}, warps=4 if width <= 64 else 8)
 
 

@@ -18,13 +18,16 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def measured(monkeypatch):
     """A GPU on which one shape has been measured."""
-    table = {"H": {"bias_gelu": {"bfloat16": {"3072": "triton", "1536": "torch"}}}}
+    kinds = {"3072": "triton", "1536": "torch", "192": "compiled", "96": "xformers"}
+    table = {"H": {"bias_gelu": {"bfloat16": kinds}}}
     monkeypatch.setattr(backends, "measured", lambda: table)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H")
     choose.cache_clear()
+    backends._tell_once.cache_clear()
     yield
     choose.cache_clear()
+    backends._tell_once.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -32,15 +35,32 @@ def measured(monkeypatch):
     [
         ("3072", torch.bfloat16, "triton", "measured to be the fastest on H"),
         ("1536", torch.bfloat16, "torch", "measured to be the fastest"),
+        ("192", torch.bfloat16, "torch", "torch.compile of its twin was measured to be faster than the kernel on H"),
+        ("96", torch.bfloat16, "torch", "xformers was measured to be faster than the kernel on H"),
         ("768", torch.bfloat16, "torch", "has not been measured on H"),
         ("3072", torch.float32, "torch", "has not been measured on H at this shape"),
         ("3072", torch.float64, "torch", "not in float64"),
     ],
 )
 def test_auto_follows_the_measurements(measured, shape, dtype, backend, reason):
-    """Catches a default without a measurement behind it, and one that ignores it."""
+    """Catches a default without a measurement behind it, one that ignores it, and a reason that is not true."""
     choice = choose("bias_gelu", GPU, dtype, shape)
     assert choice.backend == backend and reason in choice.reason
+
+
+def test_auto_tells_what_it_takes_on_a_gpu(measured, caplog):
+    """Catches a choice without a word, the same word again and again, and words where someone chose."""
+    for shape in ("3072", "768", "384", "3072", "192"):
+        choose("bias_gelu", GPU, torch.bfloat16, shape)
+    choose("bias_gelu", CPU, torch.float32, "3072")
+    choose("bias_gelu", GPU, torch.bfloat16, "3072", "triton")
+    choose("bias_gelu", GPU, torch.float64, "3072")
+    assert [record.getMessage() for record in caplog.records if record.name == "xkd_kernels"] == [
+        "bias_gelu on H: triton, measured to be the fastest on H",
+        "bias_gelu on H: torch, the kernel has not been measured on H at this shape",
+        "bias_gelu on H: torch, torch.compile of its twin was measured to be faster than the kernel on H",
+        "bias_gelu on H: torch, its kernels compute in float32, bfloat16 and float16, not in float64",
+    ]
 
 
 def test_auto_on_a_cpu_is_torch():

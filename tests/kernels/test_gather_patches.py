@@ -29,7 +29,7 @@ def some_ids(count, total, device):
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("patch", [(4, 16, 16), (2, 8, 12)])
 def test_video(layout, dtype, patch, device):
     """Catches strides, grid or channels taken in the wrong order, a clip's patches out of another, a missing division."""

@@ -27,6 +27,7 @@ from xkd_fast.engine.updates import choose_update
 from xkd_fast.errors import UserError
 from xkd_fast.files import write_aside
 from xkd_fast.model.attention import Attention
+from xkd_fast.model.attention import described as attention_described
 from xkd_fast.model.build import build_model, random_views
 from xkd_fast.model.components import component, listening
 from xkd_fast.model.kernels import described
@@ -227,8 +228,8 @@ def profile(
         step = Step(config, clips, device)
         attention = getattr(step.model, "attention", None)
         if isinstance(attention, Attention):
-            say(f"attention: {attention.name}, {attention.reason}")
-            for line in described(config.model, device, getattr(torch, config.train.precision)):
+            where = (config.model, device, getattr(torch, config.train.precision))
+            for line in (*attention_described(attention, *where), *described(*where)):
                 say(line)
         say(f"optimiser: {step.update_reason}")
         say(f"timing {steps} steps of {clips} clips on {device.type}, {config.train.precision}")
