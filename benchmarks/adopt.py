@@ -2,9 +2,9 @@
 
 Reads every ``benchmarks/results/kernels_*.json`` and writes ``kernels/xkd_kernels/measured.json`` (who computes an operator on
 which device) and ``tuned.json`` (how its kernels are launched there). Triton computes where its forward and backward pass
-together take less time than those of every rival; where one is faster, PyTorch computes and the rival is named. A launch is taken up where it was faster than the default. Cases that share
-operator, type and shape class decide together. From ``optimizer_cuda.json`` likewise: the optimiser's compiled operator where
-it beats every rival.
+together take less time than those of every rival; where one is faster, PyTorch computes and the rival is named. A launch is
+taken up where it was faster than the default. Cases that share operator, type and shape class decide together. From
+``optimizer_cuda.json`` likewise: the optimiser's compiled operator where it beats every rival.
 """
 
 from __future__ import annotations

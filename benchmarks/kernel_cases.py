@@ -135,20 +135,20 @@ def _bias_gelu(place: str, tokens: int, width: int) -> Case:
     )
 
 
-def _gather(place: str, size: tuple[int, ...], patch: tuple[int, ...], keep: int, total: int) -> Case:
+def _gather(place: str, size: tuple[int, ...], patch: tuple[int, ...], keep: int, total: int, *, trained: bool = False) -> Case:
     video = len(size) == 4
     affine = (PIXEL_MEAN, PIXEL_STD) if video else ((), ())
 
     def inputs(clips: int, device: torch.device) -> list[Tensor]:
         ids = torch.rand(clips, total, device=device).argsort(dim=1)[:, :keep]
         if video:
-            frames = torch.randint(256, (clips, *size), dtype=torch.uint8, device=device)
-            return [frames.permute(0, 4, 1, 2, 3), ids]
+            frames = torch.randint(256, (clips, *size), dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
+            return [frames.float().requires_grad_() if trained else frames, ids]
         return [torch.randn(clips, 1, *size, device=device), ids]
 
     return Case(
         f"gather_patches, {place}",
-        torch.bfloat16 if video else torch.float32,
+        torch.bfloat16 if video and not trained else torch.float32,
         str(math.prod(patch) * (size[-1] if video else 1)),
         inputs,
         lambda backend, *x: kernels.gather_patches(*x, patch, *affine, dtype=torch.bfloat16, backend=backend),
@@ -173,13 +173,14 @@ CASES = (
     _gather("spectrogram", (80, 448), AUDIO_PATCH, 112, 560),
 )
 
-# Sizes that the base model does not have but users may: other head widths, a trained CLS attention, float32.
+# What the base model does not have but users may: other head widths, float32, a trained CLS attention, pixels with a gradient.
 FURTHER = (
     *(_attention(f"head width {width}", (50, 200), width, trained=True) for width in (16, 24, 128)),
     *(_attention(f"100 tokens, head width {width}", (100,), width, trained=True) for width in (16, 24, 32)),
     *(_attention(f"float32, {width}", (30, 200), width, trained=True, dtype=torch.float32) for width in (64, 128)),
     _attention("short float32, 24", (30,), 24, trained=True, dtype=torch.float32),
     _cls_attention("trained", 141, trained=True),
+    _gather("trained pixels", (32, 112, 112, 3), VIDEO_PATCH, 59, 392, trained=True),
     _residual_layer_norm("large", 254, 1024),
 )
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import adopt, record, tuning
+from benchmarks import adopt, record, test_kernels, timing, tuning
+from benchmarks.kernel_cases import CASES, FURTHER, SMALL
 from xkd_kernels import backends, configurations
 from xkd_kernels.configurations import Launch
 
@@ -29,7 +30,7 @@ def test_the_committed_tables_are_those_of_the_committed_results() -> None:
 
 
 def test_triton_wins_where_both_passes_together_are_the_fastest(tmp_path: Path) -> None:
-    """Red if one pass or case decides alone, a rival is forgotten, goes by another name or is missing in one, or devices mix."""
+    """Red if one pass or case decides alone, a rival is forgotten, renamed or missing in one, or devices are mixed up."""
     one = [
         row("768", fused=(2.0, 1.0), torch=(1.0, 3.0), flash=(2.0, 2.0)),
         row("384", fused=(1.0, 3.0), torch=(2.0, 3.0), compiled=(2.0, 1.0)),
@@ -110,6 +111,64 @@ def test_chosen_launches_hold_for_their_time_only() -> None:
         assert configurations._launch(other[0], None, *other[1:]) == configurations.default_launch(*other)
     assert asked == {key, other}
     assert configurations._launch(key[0], None, *key[1:]) == configurations.default_launch(*key)
+
+
+def test_what_was_tuned_before_is_launched_in_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if the committed launches are measured by nobody, or a search begins elsewhere than at the default."""
+    key: tuning.Key = ("bias_gelu_forward", tuning.torch.bfloat16, "3072")
+    monkeypatch.setattr(configurations, "tuned", lambda: {"H": {key[0]: {"bfloat16": {"3072": FASTER}}}})
+    configurations._launch.cache_clear()
+    with tuning.launches({}):
+        assert configurations._launch(key[0], "H", *key[1:]) == Launch(**FASTER)
+    with tuning.launches({}, by_default=True):
+        assert configurations._launch(key[0], "H", *key[1:]) == configurations.default_launch(*key)
+    configurations._launch.cache_clear()
+
+
+def test_rows_of_another_run_stay() -> None:
+    """Red if a run without a search, or one that is cut off, loses what an earlier one has found."""
+    launch = {"kernel": "bias_gelu_forward", "dtype": "bfloat16", "shape": "3072", "tried": []}
+    earlier = [{"case": "a", "launches": [launch], "clips": 1}, {"case": "b", "launches": [], "clips": 1}]
+    again = test_kernels.merged(earlier, {"case": "a", "launches": [], "clips": 2})
+    assert again == [{"case": "a", "launches": [launch], "clips": 2}, earlier[1]]
+    found = {**launch, "shape": "768"}
+    assert test_kernels.merged(again, {"case": "a", "launches": [found], "clips": 3})[0]["launches"] == [found]
+    assert test_kernels.merged(again, {"case": "c", "launches": []}) == [*again, {"case": "c", "launches": []}]
+
+
+def test_a_search_goes_on_where_the_last_one_ended() -> None:
+    """Red if what is tuned comes first again, or sizes that the base model lacks are never measured, or without a search."""
+    first, *rest = CASES
+    order = test_kernels.in_order(True, [{"case": first.name, "launches": [{}]}, {"case": rest[0].name, "launches": []}])
+    assert order == [*rest, *FURTHER, first, *SMALL]
+    assert test_kernels.in_order(False, []) == [*CASES, *SMALL]
+    assert test_kernels.in_order(True, []) == [*CASES, *FURTHER, *SMALL]
+
+
+@pytest.mark.parametrize(("ready_after", "calls"), [(1, 1), (5, 3), (float("inf"), 4)])
+def test_a_host_that_falls_behind_is_given_more_time(ready_after: float, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a time with the host's gaps in it is taken for the device's, or a call that waits is made for ever."""
+    waited: list[int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            pass
+
+        def query(self) -> bool:
+            return waited[-1] < ready_after * timing.WAIT
+
+        def elapsed_time(self, end: object) -> float:
+            return 1.0
+
+    monkeypatch.setattr(timing, "CACHE", 1)
+    for name, stub in (("Event", Event), ("_sleep", waited.append), ("synchronize", lambda device: None)):
+        monkeypatch.setattr(timing.torch.cuda, name, stub)
+    time_once = timing._DeviceSeconds()
+    assert time_once(print, timing.torch.device("cpu")) == 1e-3 and len(waited) == calls
+    assert time_once(print, timing.torch.device("cpu")) == 1e-3 and len(waited) == calls + 1
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ RIVALS = {  # who may be the fastest and is no backend: what ``measured.json`` c
     "flash": "PyTorch's flash attention",
     "cudnn": "cuDNN's attention",
 }
+WIDEST_HEAD = {"packed_attention": 128, "cls_attention": 128}  # that the kernels were made and compiled for
 LOG = logging.getLogger("xkd_kernels")
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MEASURED = Path(__file__).with_name("measured.json")
@@ -117,6 +118,8 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: str, 
     if asked == "torch":
         return Choice("torch", "asked for")
     reason = obstacle(device, dtype, own)
+    if reason is None and own == "triton":
+        reason = _too_wide(operator, shape)
     if asked == own:
         if reason:
             raise BackendError(f"backend {own} of {operator} cannot run here: {reason}; torch can")
@@ -131,6 +134,14 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: str, 
     if device.type == "cuda":
         _tell_once(f"{operator} on {_name(device)}: {choice.backend}, {choice.reason}")
     return choice
+
+
+def _too_wide(operator: str, shape: str) -> str | None:
+    """Why a Triton kernel does not take heads of the last of the sizes in ``shape``; None if it does."""
+    widest = WIDEST_HEAD.get(operator)
+    if widest is None or int(shape.split("x")[-1]) <= widest:
+        return None
+    return f"its kernels take heads of up to {widest} numbers, not of {shape.split('x')[-1]}"
 
 
 def _fastest(operator: str, device: torch.device, dtype: torch.dtype, shape: str) -> Choice:

@@ -24,6 +24,11 @@ def require_float_type(dtype: torch.dtype) -> None:
         raise ValueError(f"dtype = {_short(dtype)}; float64, float32, bfloat16 or float16 is wanted")
 
 
+def kernel_type(x: Tensor, *others: Tensor) -> torch.dtype:
+    """The type by which a kernel is chosen: that of ``x``, or float64 where any other is so, which no kernel computes in."""
+    return torch.float64 if any(other.dtype == torch.float64 for other in others) else x.dtype
+
+
 def require_one_device(**tensors: Tensor) -> None:
     """Raise ``ValueError`` unless all lie on the first one's device."""
     (first, one), *others = tensors.items()

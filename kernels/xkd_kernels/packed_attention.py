@@ -50,6 +50,7 @@ def packed_attention(qkv: Tensor, segments: Runs, *, backend: str = "auto") -> T
 
     Args:
         qkv: [M, 3, h, d] queries, keys and values as a linear layer wrote them; any strides, read in place where the last is 1.
+            d up to 128, beyond which ``torch`` alone computes.
         segments: (number of segments, tokens of each) in the order of the rows.
         backend: see :mod:`xkd_kernels.backends`.
 

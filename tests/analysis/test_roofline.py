@@ -17,7 +17,7 @@ import xkd_kernels as kernels
 from benchmarks.kernel_cases import CASES
 from benchmarks.roofline import KINDS, floors, kind_of, step_costs, step_table
 from xkd_fast.analysis.flops import flop_counter, step_flops, total
-from xkd_fast.analysis.roofline import DEVICES, Cost, Device, Traffic, cost, patches_read, touched
+from xkd_fast.analysis.roofline import DEVICES, SHEETS, Cost, Device, Traffic, cost, patches_read, touched
 from xkd_fast.model.options import EncoderOptions, ModelOptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +97,45 @@ def test_backward_passes_of_our_operators() -> None:
             assert found.bytes == 2 * (2 * rows * 9 * size) + 2 * rows * 3 * size + streamed + sums
             squares = sum(count * length**2 for count, length in segments)
             assert found.products == each * squares * 3 * size
+
+
+def test_segments_of_both_regimes_in_one_call() -> None:
+    """Red if whole segments are taken to make their scores twice where another one is streamed."""
+    with FakeTensorMode():
+        qkv = torch.empty(500, 3, 3, 32, dtype=HALF, requires_grad=True)
+        out = kernels.packed_attention(qkv, [(5, 60), (1, 200)], backend="triton")
+        with Traffic() as traffic:
+            out.backward(torch.empty_like(out))
+    found = traffic.costs["xkd_kernels.packed_attention_backward"]
+    assert found.products == (10 * 5 * 60**2 + 14 * 200**2) * 3 * 32
+
+
+def test_backward_passes_of_cls_attention_and_gather() -> None:
+    """Red if they are counted as elementwise operators: what they leave alone read, or what they add to only written."""
+    with FakeTensorMode():
+        qkv = torch.empty(64, 3, 3, 32, dtype=HALF, requires_grad=True)
+        looks = kernels.cls_attention(qkv, [(2, 24), (1, 16)], backend="triton")
+        clip = torch.empty(2, 3, 8, 32, 48, dtype=HALF, requires_grad=True)
+        patches = kernels.gather_patches(clip, torch.zeros(2, 5, dtype=torch.int64), (4, 16, 16), backend="triton")
+        with Traffic() as traffic:
+            torch.autograd.backward([looks, patches], [torch.empty_like(looks), torch.empty_like(patches)])
+    found = traffic.costs["xkd_kernels.cls_attention_backward"]
+    expected = moved((3 * 64, 4), (3 * 64, 4), (64 * 3 * 32, 2), (64 * 9 * 32, 2), (3 * 3 * 32, 2))
+    assert (found.bytes, found.sectors, found.products) == (expected.bytes, expected.sectors, 0)
+    assert found.others == (3 * 32 + 5) * 3 * 64
+    found, numbers = traffic.costs["xkd_kernels.gather_patches_backward"], 10 * 3072
+    pixels = 2 * 3 * 8 * 32 * 48
+    expected = moved((numbers, 4), (10, 8), (pixels, 4), (numbers, 4), (numbers, 4), (pixels, 4), (pixels, 2))
+    assert found.bytes == expected.bytes and found.sectors == expected.sectors + 1  # 80 bytes of ids are 3 sectors
+
+
+@pytest.mark.parametrize(
+    ("name", "sheet"),
+    [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", None), ("NVIDIA GH200 480GB", None), ("NVIDIA H200", "H200")],
+)
+def test_a_data_sheet_is_that_of_the_very_device(name: str, sheet: str | None) -> None:
+    """Red if a device is held against another one's limits, whose name is part of its own."""
+    assert SHEETS.get(name) == sheet and set(SHEETS.values()) == set(DEVICES)
 
 
 @pytest.mark.parametrize(("channels_last", "sectors"), [(True, 2), (False, 3)])

@@ -1,7 +1,7 @@
 """Every tensor that a kernel is given to write begins as NaN, so a place that it leaves out shows.
 
-On a GPU a kernel is compiled anew for each type and constant, which takes a second or two. So of each test one case of each type
-goes before the benchmarks of ``gpu.sh``, and the others, marked ``further``, after them.
+On a GPU a kernel is compiled anew for each type and constant, which takes a second or two. So of each test one case of each
+type goes before the benchmarks of ``gpu.sh``, and the others, marked ``further``, after them.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import pytest
 import torch
 import triton
 
-from xkd_kernels import BackendError, backends, choose, packed_attention
+import xkd_kernels
+from xkd_kernels import BackendError, backends, bias_gelu, choose, packed_attention, residual_layer_norm
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -68,6 +69,34 @@ def test_auto_on_a_cpu_is_torch():
     assert choose("bias_gelu", CPU, torch.float32, "3072").backend == "torch"
 
 
+@pytest.mark.parametrize("operator", ["packed_attention", "cls_attention"])
+def test_heads_that_are_too_wide_are_pytorchs(measured, monkeypatch, operator):
+    """Catches a kernel launched at a width that nobody compiled, and one refused where it runs."""
+    monkeypatch.setattr(backends, "measured", lambda: {"H": {operator: {"float32": {"16x256": "triton", "16x128": "triton"}}}})
+    assert (
+        choose(operator, GPU, torch.float32, "16x128").backend
+        == choose(operator, GPU, torch.float32, "16x128", "triton").backend
+    )
+    choice = choose(operator, GPU, torch.float32, "16x256")
+    assert choice.backend == "torch" and "heads of up to 128 numbers, not of 256" in choice.reason
+    with pytest.raises(BackendError, match="heads of up to 128 numbers, not of 256; torch can"):
+        getattr(xkd_kernels, operator)(torch.zeros(4, 3, 1, 256, device=CPU), [(1, 4)], backend="triton")
+    assert getattr(xkd_kernels, operator)(torch.zeros(4, 3, 1, 256, device=CPU), [(1, 4)]).isfinite().all()
+
+
+def test_float64_beside_float32_is_not_computed_in_float32():
+    """Catches a kernel that rounds a float64 branch, weight or bias without a word."""
+    x, weight, bias = (torch.ones(2, 8, device=CPU), *torch.ones(2, 8, device=CPU).unbind())
+    for place in (1, 2, 3):
+        tensors = [each.double() if i == place else each for i, each in enumerate((x, x, weight, bias))]
+        with pytest.raises(BackendError, match="not in float64; torch can"):
+            residual_layer_norm(*tensors, backend="triton")
+        assert all(each.dtype == torch.float32 for each in residual_layer_norm(*tensors))
+    with pytest.raises(BackendError, match="not in float64; torch can"):
+        bias_gelu(x, bias.double(), backend="triton")
+    assert bias_gelu(x, bias.double()).dtype == torch.float32
+
+
 def test_an_explicit_choice_that_cannot_run_says_why(monkeypatch):
     """Catches a silent fallback."""
     choose.cache_clear()
@@ -83,7 +112,8 @@ def test_an_explicit_choice_that_cannot_run_says_why(monkeypatch):
 
 def test_imports_alone():
     """Catches a dependency on the trainer or on anything beside torch and Triton."""
-    blocked = ("xkd_fast", "deepspeed", "pydantic", "yaml", "numpy.testing", "nvidia.dali", "rich", "sklearn")
+    blocked = ("xkd_fast", "deepspeed", "pydantic", "yaml", "nvidia.dali", "rich", "sklearn", "av", "safetensors", "psutil")
+    blocked += ("numpy",)  # which Triton's interpreter alone needs
     code = (
         "import sys\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"

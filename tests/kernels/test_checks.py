@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_refused(name, backend):
     """Catches memory read or written outside of a tensor, numbers computed from nonsense, and backends that disagree."""
     call, message = WRONG[name]
     if message == "." and DEVICE.type == "cuda":
-        pytest.skip("no call waits for a GPU's ids: a kernel makes NaN of them, and PyTorch's assertion ends all work on the GPU")
+        pytest.skip("no call waits for a GPU's ids: our kernel makes NaN of them, PyTorch's assertion ends all work on it")
     with pytest.raises((ValueError, IndexError), match=message):
         call(backend)
 

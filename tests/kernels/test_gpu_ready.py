@@ -35,5 +35,6 @@ def test_every_tensor_is_told_its_device(path):
 
 def test_the_rule_sees_what_it_is_for():
     """Catches a rule that lets everything pass."""
-    source = "x = torch.zeros(2)\ny = torch.ones(2, device=device)\ndef f(z=torch.randn(3)):\n    return torch.zeros(2).to(DEVICE)\n"
-    assert without_device(source) == [1, 3]
+    good = "y = torch.ones(2, device=device)", "def f(z):\n    return torch.zeros(2).to(DEVICE)", "torch.empty(2).to(y.device)"
+    assert all(without_device(source) == [] for source in good)
+    assert without_device("device = 1\nx = torch.zeros(2)\ndef f(device, z=torch.randn(3)):\n    pass") == [2, 3]

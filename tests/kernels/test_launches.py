@@ -37,8 +37,8 @@ def test_every_launch_is_guarded():
     """Catches an operator whose kernels would run on the current device instead of its tensors'."""
     found = {path.stem: launching(path.read_text(encoding="utf-8")) for path in SOURCES}
     assert {"packed_attention", "bias_gelu"} <= {name for name, functions in found.items() if functions}
-    bare = {f"{name}.{each}" for name, functions in found.items() for each in functions if "on_own_device" not in functions[each]}
-    assert bare == set()
+    every = [(name, function, by) for name, functions in found.items() for function, by in functions.items()]
+    assert [(name, function) for name, function, by in every if "on_own_device" not in by] == []
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
@@ -74,8 +74,8 @@ def test_kernels_run_on_the_device_of_their_tensors(case, device, monkeypatch):
 
 def test_a_guarded_operator_keeps_its_schema():
     """Catches annotations that custom_op cannot read through the guard, and a guard that takes None for a tensor."""
-    schemas = (str(getattr(torch.ops.xkd_kernels, name).default._schema) for name in ("bias_gelu", "residual_layer_norm_backward"))
-    gelu, norm = schemas
+    operators = torch.ops.xkd_kernels
+    gelu, norm = (str(x.default._schema) for x in (operators.bias_gelu, operators.residual_layer_norm_backward))
     assert gelu == "xkd_kernels::bias_gelu(Tensor h, Tensor bias) -> Tensor"
     assert "Tensor? to_total, Tensor to_normalised" in norm and "ScalarType? again" in norm
 

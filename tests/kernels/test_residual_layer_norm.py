@@ -41,7 +41,8 @@ def test_agrees_with_the_definition(shape, stream, branch, dtype, device):
 
 def test_more_rows_than_programs(device):
     """Catches a walk over the rows that stops after the first round or overlaps."""
-    assert_agrees(fused(torch.float32), naive, inputs((393, 20), torch.float32, torch.float32, device), 2 * TOLERANCE[torch.float32])
+    tensors = inputs((393, 20), torch.float32, torch.float32, device)
+    assert_agrees(fused(torch.float32), naive, tensors, 2 * TOLERANCE[torch.float32])
 
 
 def test_statistics_far_from_zero(device):

@@ -222,7 +222,7 @@ def choose(name: str) -> Attention:
 
 
 def described(attention: Attention, options: ModelOptions, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Who computes attention on ``device`` with products in ``dtype``, and why: on a GPU ``auto`` has an answer for each shape."""
+    """Who computes attention on ``device`` with products in ``dtype``, and why: ``auto`` answers for each shape on a GPU."""
     if attention.attend_packed is not automatic_packed or device.type != "cuda":
         return [f"attention: {attention.name}, {attention.reason}"]
     answers: dict[str, list[str]] = {}
