@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import xkd_kernels as kernels
 from benchmarks.kernel_cases import CASES
-from benchmarks.roofline import KINDS, floors, kind_of, step_costs, step_table
+from benchmarks.roofline import KINDS, floors, kind_of, step_costs
 from xkd_fast.analysis.flops import flop_counter, step_flops, total
 from xkd_fast.analysis.roofline import DEVICES, SHEETS, Cost, Device, Traffic, cost, patches_read, touched
 from xkd_fast.model.options import EncoderOptions, ModelOptions
@@ -215,12 +214,3 @@ def test_the_command_prints_them() -> None:
     (forward,) = [row for row in json.loads(printed) if (row["way"], row["code"]) == ("forward", "fused")]
     assert forward["cost"]["bytes"] == 2 * (3 * 254 * 3072 * 2) + 3072 * 4
     assert forward["seconds"]["H100"] == pytest.approx(forward["cost"]["sectors"] * 32 / 3.35e12)
-
-
-def test_the_kernels_readme_tells_what_the_command_prints() -> None:
-    """Red if the share that the kernels address is that of an older step."""
-    readme = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
-    for line in step_table(32)[1:]:
-        kind, plain, ours = re.fullmatch(r"(.+?) +([\d.]+) +([\d.]+)", line).groups()  # type: ignore[union-attr]
-        first = f"{float(plain):.1f}" if float(plain) else "-"
-        assert f"| {kind} | {first} | {float(ours):.1f} |" in readme, line

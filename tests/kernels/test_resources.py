@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one program may have
-# A stack of 8 bytes at 80 registers holds no spilled register: half of the register file is free. Only these two, at 10.0, have one.
+# A stack of 8 bytes at 80 registers holds no spilled register: half of the register file is free. These two have one, at 10.0.
 STACK = 8
 NO_SPILL = [
     ("_packed_attention_forward_kernel", {"WIDTH": 16, "PRECISION": None, "Q_BLOCK": 64, "K_BLOCK": 64, "num_warps": 4}),
