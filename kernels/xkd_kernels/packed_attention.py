@@ -10,7 +10,7 @@ with a running maximum and sum (Milakov and Gimelshein 2018; Dao et al. 2022), a
 head. Either way the backward pass is a single kernel that writes the packed gradient.
 
 Whole rows end at 128 because a tile's sides are powers of two: 561 scores would take a row of 1024, nearly half of it padding,
-and 141 one of 256; tiles of 64 waste 3 % and 27 %.
+and 141 one of 256; tiles of 64 waste 3 % and 27 %. What longer rows would take of a GPU stands in CONTRIBUTING.md.
 
 Legend: M tokens of all segments together, h heads, d head width.
 """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xkd_fast.errors import UserError
 from xkd_fast.model.kernels import wants
-from xkd_fast.model.options import ModelOptions
+from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
 from xkd_fast.model.packing import Group, heads_of, joined, unpack
 from xkd_fast.model.precision import as_written
 from xkd_kernels import cls_attention, obstacle, packed_attention
@@ -235,7 +235,7 @@ def described(attention: Attention, options: ModelOptions, device: torch.device,
 
 def _packed_shapes(options: ModelOptions) -> list[str]:
     """Shape classes of everything that the model attends in packed form: students, teachers, decoders."""
-    clips = {"video": options.video, "audio": options.audio}
+    clips: dict[str, VideoOptions | AudioOptions] = {"video": options.video, "audio": options.audio}
     first = int(options.cls_token)
     local = {name: math.prod(clip.local_grid) for name, clip in clips.items()}
     seen = {name: max(clip.keep, local[name] if clip.local_views else 0) for name, clip in clips.items()}
