@@ -16,6 +16,7 @@ from xkd_kernels.segments import Runs
 
 HEADS, WIDTH, HIDDEN = 12, 768, 3072
 DECODER_WIDTH, DECODER_HIDDEN = 384, 1536
+BOTTLENECK, PROTOTYPES = 256, 8192
 VIDEO_PATCH, AUDIO_PATCH = (4, 16, 16), (4, 16)
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -148,6 +149,37 @@ def _gather(place: str, size: tuple[int, ...], patch: tuple[int, ...], keep: int
     )
 
 
+def _distillation_loss(place: str, prototypes: int) -> Case:
+    def inputs(clips: int, device: torch.device) -> list[Tensor]:
+        student = torch.randn(2 * clips, prototypes, device=device, requires_grad=True)
+        temperature = torch.full((), 0.07, dtype=torch.float64, device=device)
+        return [student, torch.randn(clips, prototypes, device=device), torch.zeros(1, prototypes, device=device), temperature]
+
+    return Case(
+        f"distillation_loss, {place}",
+        torch.float32,
+        str(prototypes),
+        inputs,
+        lambda backend, *x: kernels.distillation_loss(*x, 0.1, backend=backend).loss,
+        lambda *x: kernels.naive_distillation_loss(*x, 0.1).loss,
+    )
+
+
+def _unit_rows(place: str, rows: int, width: int) -> Case:
+    def inputs(clips: int, device: torch.device) -> list[Tensor]:
+        x = torch.randn(rows, width, device=device, requires_grad=True)
+        return [x, torch.ones(rows, 1, device=device)]
+
+    return Case(
+        f"unit_rows, {place}",
+        torch.float32,
+        str(width),
+        inputs,
+        lambda backend, *x: kernels.unit_rows(*x, dtype=torch.bfloat16, backend=backend),
+        lambda *x: kernels.naive_unit_rows(*x, dtype=torch.bfloat16),
+    )
+
+
 CASES = (
     _attention("student video", (60, 73), 64, trained=True),
     _attention("student audio", (113, 141), 64, trained=True),
@@ -163,6 +195,8 @@ CASES = (
     _bias_gelu("decoder audio", 561, DECODER_HIDDEN),
     _gather("video of bytes", (32, 112, 112, 3), VIDEO_PATCH, 59, 392),
     _gather("spectrogram", (80, 448), AUDIO_PATCH, 112, 560),
+    _distillation_loss("one direction", PROTOTYPES),
+    _unit_rows("prototypes", PROTOTYPES, BOTTLENECK),
 )
 
 # Sizes that the base model does not have but users may: other head widths, a trained CLS attention, float32.
@@ -170,6 +204,7 @@ FURTHER = (
     *(_attention(f"head width {width}", (50, 200), width, trained=True) for width in (16, 24, 128)),
     _cls_attention("trained", 141, trained=True),
     _residual_layer_norm("large", 254, 1024),
+    _distillation_loss("65 536 prototypes", 65536),
 )
 
 # The same operators so small that the interpreter is soon done with them.
@@ -179,4 +214,6 @@ SMALL = (
     _residual_layer_norm("small", 7, 24),
     _bias_gelu("small", 7, 48),
     _gather("small video", (4, 32, 32, 3), VIDEO_PATCH, 2, 4),
+    _distillation_loss("small", 65),
+    _unit_rows("small", 9, 24),
 )

@@ -75,6 +75,15 @@ def _patches(dtype: torch.dtype, numbers: int) -> Launch:
     return Launch({"BLOCK": min(1024, max(16, 1 << (numbers - 1).bit_length()))}, warps=4)
 
 
+def _prototypes_online(dtype: torch.dtype, prototypes: int) -> Launch:
+    block = min(2048, max(256, 1 << (prototypes - 1).bit_length()))
+    return Launch({"BLOCK": block, "COLUMNS": 128}, warps=8)
+
+
+def _prototypes(dtype: torch.dtype, prototypes: int) -> Launch:
+    return Launch({"BLOCK": min(1024, max(128, 1 << (prototypes - 1).bit_length()))}, warps=4)
+
+
 DEFAULTS: dict[str, Callable[..., Launch]] = {
     "packed_attention_forward": _attention_forward,
     "packed_attention_whole_backward": _attention_whole_backward,
@@ -87,6 +96,10 @@ DEFAULTS: dict[str, Callable[..., Launch]] = {
     "bias_gelu_backward": _columns,
     "gather_patches_forward": _patches,
     "gather_patches_backward": _patches,
+    "distillation_loss_forward": _prototypes_online,
+    "distillation_loss_backward": _prototypes,
+    "unit_rows_forward": _rows,
+    "unit_rows_backward": _rows,
 }
 
 

@@ -237,4 +237,8 @@ OPERATORS: dict[str, Callable[..., Cost]] = {
     "xkd_kernels.bias_gelu": _elementwise(12),
     "xkd_kernels.bias_gelu_backward": _elementwise(24),
     "xkd_kernels.gather_patches": _gather,
+    "xkd_kernels.distillation_loss": _elementwise(24),
+    "xkd_kernels.distillation_loss_backward": _elementwise(12),
+    "xkd_kernels.unit_rows": _elementwise(4),
+    "xkd_kernels.unit_rows_backward": _elementwise(7),
 }
