@@ -3,10 +3,10 @@
     p = softmax((teacher − centre) / τ_t), q = softmax(student / τ_s)
     loss = mean over pairs of views and clips of −Σ_k p_k · log q_k
 
-Softmax is online (Milakov and Gimelshein 2018): every lane of a program keeps its own running maximum and sums, which are joined
-once at the end, so a row may have any number of prototypes and is read once. Two kinds of programs share one launch: those of
-student rows, and those of stripes of columns, which sum the teacher's logits over the batch for the centre. The backward pass
-makes both softmaxes again from one number per row.
+Softmax is online (Milakov and Gimelshein 2018): every lane of a program keeps its own running maximum and sums, which are
+joined once at the end, so a row may have any number of prototypes and is read once. Two kinds of programs share one launch:
+those of student rows, and those of stripes of columns, which sum the teacher's logits over the batch for the centre. The
+backward pass makes both softmaxes again from one number per row.
 
 Legend: B clips, V student views, U teacher views, K prototypes.
 """
@@ -145,7 +145,7 @@ class _ByTorch(torch.autograd.Function):
         ctx.save_for_backward(student, target)
         ctx.temperature = student_temperature
         outputs = (
-            -torch.einsum("vbk,bk->", rows, target) / len(student),
+            -(rows.sum(dim=0).flatten() @ target.flatten()) / len(student),
             teacher.to(dtype).sum(dim=0),
             -(taught.flatten() @ log_taught.flatten()) / len(teacher),
             -(log_said.exp().flatten() @ log_said.flatten()) / len(student),
@@ -290,7 +290,8 @@ def _distillation_loss_forward_kernel(
                 higher = tl.maximum(highest, taught)
                 shrink = tl.exp(highest - higher)
                 own = tl.where(inside, tl.exp(taught - higher), 0.0)
-                weighted = (weighted + total * (highest - higher)) * shrink + own * (taught - higher)
+                weighted = (weighted + total * (highest - higher)) * shrink
+                weighted += own * (taught - higher)
                 total = total * shrink + own
                 crossed = crossed * shrink + own * said
                 highest = higher
@@ -298,7 +299,8 @@ def _distillation_loss_forward_kernel(
                 said_higher = tl.maximum(said_highest, tl.where(inside, said, LOWEST))
                 shrink = tl.exp(said_highest - said_higher)
                 own = tl.where(inside, tl.exp(said - said_higher), 0.0)
-                said_weighted = (said_weighted + said_total * (said_highest - said_higher)) * shrink + own * (said - said_higher)
+                said_weighted = (said_weighted + said_total * (said_highest - said_higher)) * shrink
+                said_weighted += own * (said - said_higher)
                 said_total = said_total * shrink + own
                 said_highest = said_higher
             said_most, said_sum, said_below = _joined(said_highest, said_total, said_weighted)

@@ -23,9 +23,7 @@ from xkd_kernels.configurations import launch_of
 EPS = 1e-12
 
 
-def naive_unit_rows(
-    x: Tensor, scale: Tensor | None = None, *, eps: float = EPS, dtype: torch.dtype | None = None
-) -> Tensor:
+def naive_unit_rows(x: Tensor, scale: Tensor | None = None, *, eps: float = EPS, dtype: torch.dtype | None = None) -> Tensor:
     """The definition; in float32, or wider where the input is."""
     wide = x if x.dtype == torch.float64 else x.float()
     unit = wide / wide.norm(dim=-1, keepdim=True).clamp_min(eps)

@@ -13,7 +13,7 @@ from xkd_kernels import Distillation, distillation_loss, naive_distillation_loss
 from xkd_kernels.distillation_loss import distillation_loss_backward, distillation_loss_forward
 
 TEACHER_TEMPERATURE, STUDENT_TEMPERATURE = 0.07, 0.1
-# Values of ~10 are differences of numbers up to ~100, so a rounding of those shows; a gradient in a half type is off by its own.
+# Values of ~10 are differences of numbers up to ~100, whose rounding shows; a gradient in a half type is off by its own.
 VALUE = 2e-6
 GRADIENT = {torch.float32: 3e-6, torch.float16: 6e-4, torch.bfloat16: 7e-3}
 
@@ -50,9 +50,7 @@ def assert_found(found: Distillation, gradient, expected: Distillation, exact_gr
 )
 def test_agrees_with_the_definition(clips, prototypes, student_views, teacher_views, dtype, backend, device):
     """Catches lanes joined without rescaling, padding taken for prototypes, views or clips paired wrongly, a dropped factor."""
-    student, *others = batch(
-        clips, prototypes, device, student_views=student_views, teacher_views=teacher_views, dtype=dtype
-    )
+    student, *others = batch(clips, prototypes, device, student_views=student_views, teacher_views=teacher_views, dtype=dtype)
     student.requires_grad_()
     found = distillation_loss(student, *others, STUDENT_TEMPERATURE, teacher_views, backend=backend)
     (3 * found.loss).backward()

@@ -20,6 +20,8 @@ from xkd_kernels import Choice
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CLIPS = 3
+TRAINED = ("residual_layer_norm", "bias_gelu")
+OBJECTIVES = ("unit_rows", "distillation_loss")
 
 
 def step(options: ModelOptions, dtype: torch.dtype, *, is_raw: bool) -> tuple[Tensor, dict[str, Tensor], set[str]]:
@@ -52,7 +54,7 @@ def test_a_step_through_every_kernel(dtype: torch.dtype, changes: dict, is_raw: 
     loss, gradients, none = step(replace(options, kernels="torch"), dtype, is_raw=is_raw)
     found, ours, launched = step(replace(options, kernels="triton", attention="triton"), dtype, is_raw=is_raw)
     assert not none
-    trained = (f"{name}_{way}" for name in ("residual_layer_norm", "bias_gelu") for way in ("forward", "backward"))
+    trained = (f"{name}_{way}" for name in (*TRAINED, *OBJECTIVES) for way in ("forward", "backward"))
     attention = ("packed_attention_forward", "packed_attention_whole_backward")
     assert launched >= {"gather_patches_forward", "cls_attention_forward", *trained, *attention}
     assert found.item() == pytest.approx(loss.item(), rel=error / 4)
@@ -79,7 +81,7 @@ def test_the_kernels_under_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None
     options = replace(tiny_options(), kernels="triton")
     loss, gradients, _ = step(options, torch.float32, is_raw=False)
     found, ours, launched = step(replace(options, compile=True), torch.float32, is_raw=False)
-    assert launched >= {f"{name}_{way}" for name in ("residual_layer_norm", "bias_gelu") for way in ("forward", "backward")}
+    assert launched >= {f"{name}_{way}" for name in TRAINED for way in ("forward", "backward")}
     assert found.item() == pytest.approx(loss.item(), rel=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6)
@@ -109,6 +111,7 @@ def test_who_computes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         *(("bias_gelu", half, width) for width in ("3072", "1536")),
         *(("gather_patches", half, "3072"), ("gather_patches", single, "64")),
         *(("cls_attention", half, shape) for shape in ("512x64", "1024x64")),
+        *(("unit_rows", half, "256"), ("unit_rows", single, "256"), ("distillation_loss", single, "8192")),
     }
     assert len(lines) == 2 and "kernels: triton, measured: bias_gelu 3072, bias_gelu 1536" in lines
     monkeypatch.undo()

@@ -17,6 +17,7 @@ from xkd_fast.model.autoencoder import decode_masked
 from xkd_fast.model.components import component
 from xkd_fast.model.graphs import RecordedPass, Recorder, record
 from xkd_fast.model.half import HalfCopy
+from xkd_fast.model.head import project
 from xkd_fast.model.kernels import require_kernels
 from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
 from xkd_fast.model.packing import Group, added, pack, unpack
@@ -25,7 +26,8 @@ from xkd_fast.model.refine import refined_mean, refinement_weights
 from xkd_fast.model.streams import SideStream
 from xkd_fast.model.tokens import check_views, embed, gather_patches
 from xkd_fast.model.vit import BlockRunner
-from xkd_fast.objective.losses import Losses
+from xkd_fast.objective.distillation import distil
+from xkd_fast.objective.losses import Distilled, Losses
 from xkd_fast.objective.reconstruction import patch_error
 from xkd_fast.reference import MODALITIES, Block, Network
 
@@ -85,7 +87,7 @@ class XKD(reference.XKD):
             with component("heads"):
                 student = self.student(modality)
                 pooled = [student.encoder.patch_tokens(tokens).mean(dim=1) for tokens in encoded[modality]]
-                student_logits[modality] = student.head(torch.cat(pooled))
+                student_logits[modality] = project(student.head, torch.cat(pooled), self.options.kernels)
 
         side.join([*teacher_logits.values(), *weights.values()])
         with component("objectives"), as_written(views.video_global.device):
@@ -132,7 +134,8 @@ class XKD(reference.XKD):
                 attention[modality] = own
         for own_name, other in (("video", "audio"), ("audio", "video")):
             weights[own_name] = refinement_weights(attention[own_name], attention[other], self.options.refinement)
-            logits[own_name] = teachers[own_name].head(refined_mean(tokens[own_name], weights[own_name]))
+            pooled = refined_mean(tokens[own_name], weights[own_name])
+            logits[own_name] = project(teachers[own_name].head, pooled, self.options.kernels)
         return logits, weights
 
     def teachers_for(self, device: torch.device) -> dict[str, Network]:
@@ -175,3 +178,9 @@ class XKD(reference.XKD):
         targets = {m: gather_patches(clips[m][0], order[m][:, self.keep(m) :], options[m], kernels=kernels) for m in MODALITIES}
         recon = {m: patch_error(predicted[m], targets[m]) for m in MODALITIES}
         return self.combine(recon, student, teacher, weights)
+
+    def distil(self, source: str, teacher: Tensor, student: Tensor) -> Distilled:
+        """The reference's, in one pass over the logits."""
+        centre, temperature = self.get_buffer(f"{source}_centre"), self.get_buffer(f"{source}_teacher_temperature")
+        student_temperature = self.options.objective.student_temperature
+        return distil(teacher, student, centre, temperature, student_temperature, self.options.kernels)
