@@ -73,6 +73,10 @@ class Contestant(ABC):
     def step(self, views: Views, masks: MaskNoise) -> Tensor:
         """One whole step; returns the loss, not yet waited for."""
 
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by; falls with a step that is left out for its gradients' overflow."""
+        return 1.0
+
 
 class Released(Contestant):
     """The plain reference as released: loops over parameters that wait for the device; float16 with loss scaling on a GPU."""
@@ -103,6 +107,10 @@ class Released(Contestant):
         reference.update_centres(self.model, losses.outputs.teacher_means)
         self.terms = losses.terms()
         return self.terms["total"]
+
+    def loss_scale(self) -> float:
+        """The scaler's."""
+        return self.scaler.get_scale()
 
 
 class _SdpaBlock(reference.Block):

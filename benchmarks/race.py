@@ -32,6 +32,7 @@ from xkd_fast.model.build import random_views
 from xkd_fast.model.options import ModelOptions
 
 WARM_UP = 2  # steps before the first timed one: compilation, recording, the optimiser's moments
+MOST_HALVINGS = 16  # of a loss scale, from 2¹⁶ to 1
 STARTED = time.monotonic()
 
 Kind = Callable[[ModelOptions, torch.device, torch.dtype], Contestant]
@@ -78,6 +79,11 @@ class Entrant:
         self.terms = {name: term.item() for name, term in self._contestant.terms.items()}
         for _ in range(WARM_UP - 1):
             self.step()
+        for _ in range(MOST_HALVINGS):  # a step that is left out takes less time than one that is not
+            before = self._contestant.loss_scale()
+            self.step()
+            if self._contestant.loss_scale() >= before:
+                break
         self.peak_bytes = memory.bytes()
 
     def step(self) -> float:
@@ -110,12 +116,14 @@ class Race:
     """A case and its figures so far.
 
     Attributes:
-        row: what is written: per contestant ``seconds``, which are ``{"out_of_memory": true}`` or ``{"not_reached": true}`` for
-            one that was not timed and so is missing elsewhere, ``clips_per_second``, ``costs`` and ``peak_bytes``;
+        row: what is written: per contestant ``seconds``, which are ``{"out_of_memory": true}``, ``{"not_reached": true}`` or
+            ``{"failed": reason}`` for one that was not timed and so is missing elsewhere, ``clips_per_second``, ``costs`` and
+            ``peak_bytes``;
             ``fast_against`` holds ratios taken round by round, ``disagreement`` the largest relative difference of a term of
             the first step's loss to the fast model's; ``allocation_retries`` in a pair's rounds, each of which waits for the
             device, tell that memory was short and the times are not to be trusted.
         losses: of every step, by contestant.
+        errors: of contestants that failed, other than by too little memory.
     """
 
     def __init__(self, options: ModelOptions, device: torch.device, dtype: torch.dtype, clips: int) -> None:
@@ -126,6 +134,7 @@ class Race:
         video, audio = (torch.rand(clips, part.tokens, device=device) for part in (options.video, options.audio))
         self._masks = MaskNoise(video, audio)
         self.losses: dict[str, list[float]] = {}
+        self.errors: list[Exception] = []
         self._seconds: dict[str, list[float]] = {}
         kinds = ("seconds", "clips_per_second", "fast_against", "disagreement", "costs", "peak_bytes", "allocation_retries")
         self.row: Row = {"clips": clips, **{kind: {} for kind in kinds}}
@@ -148,13 +157,16 @@ class Race:
         yield self.row
 
     def _attempt(self, name: str, work: Callable[[], object]) -> None:
-        """Do ``work`` and free what it leaves. Too little memory is noted, unless the contestant was timed already."""
+        """Do ``work`` and free what it leaves. What ends it is noted, unless the contestant was timed already; others go on."""
         try:
             work()
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            self.row["seconds"].setdefault(name, {"out_of_memory": True})
+            if is_out_of_memory(error):
+                self.row["seconds"].setdefault(name, {"out_of_memory": True})
+            else:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                self.row["seconds"].setdefault(name, {"failed": reason})
+                self.errors.append(error.with_traceback(None))
         free_unused(self._device)  # not before the error, whose frames hold tensors, is gone
 
     def _entrant(self, name: str, kind: Kind) -> Entrant:
@@ -204,4 +216,8 @@ def report(title: str, row: Row) -> None:
 
 def untimed(row: Row) -> dict[str, str]:
     """Who has no time, and why."""
-    return {name: next(iter(told)).replace("_", " ") for name, told in row["seconds"].items() if "median" not in told}
+    reasons = {name: told for name, told in row["seconds"].items() if "median" not in told}
+    return {
+        name: f"failed ({told['failed']})" if "failed" in told else next(iter(told)).replace("_", " ")
+        for name, told in reasons.items()
+    }

@@ -94,6 +94,8 @@ def test_step(
         if measuring or "XKD_BENCHMARK_RESULTS" in os.environ:  # after every pair: what comes later may fail
             record.write(f"step_{DEVICE.type}_{variant}_{precision}", {**result, "rows": rows[variant, precision]})
     report(title, race.row)
+    if race.errors:
+        raise race.errors[0]
     for name, difference in race.row["disagreement"].items():
         assert difference < CLOSE[precision], f"{name}'s loss is not the fast model's: {race.row['disagreement']}"
     for name, losses in race.losses.items() if not measuring else ():
