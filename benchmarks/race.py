@@ -18,12 +18,10 @@ from benchmarks import measure, record
 from benchmarks.contestants import (
     Contestant,
     Fast,
-    FastCompiled,
-    FastCompiledGraph,
-    FastGraph,
     Released,
     Strong,
     autocast,
+    fast_with,
     initial_model,
 )
 from benchmarks.memory import PeakMemory, free_unused, retries
@@ -55,11 +53,14 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def rivals(device: torch.device, *, compiled: bool, all_choices: bool) -> dict[str, Kind]:
-    """Who is timed beside the fast model, the most telling first; ``all_choices`` adds its compiled ones."""
+    """Who is timed beside the fast model, the most telling first; ``all_choices`` adds all sets of its switches on a GPU."""
     kinds: dict[str, Kind] = {"reference": Released, "strong": partial(Strong, compiled=compiled)}
     if device.type == "cuda":
-        further = (FastCompiled, FastCompiledGraph) if compiled and all_choices else ()
-        kinds |= {kind.name: kind for kind in (FastGraph, *further)}
+        sets = [("cuda_graph",)]
+        if all_choices:
+            sets += [("teacher_stream",), ("teacher_stream", "cuda_graph")]
+            sets += [("compile", *others) for others in ((), ("cuda_graph",), ("teacher_stream", "cuda_graph")) if compiled]
+        kinds |= {kind.name: kind for kind in (fast_with(*switches) for switches in sets)}
     return kinds
 
 

@@ -39,7 +39,8 @@ class XKD(reference.XKD):
         super().__init__(options)
         self.attention = choose(options.attention)
         require_kernels(options.kernels)
-        self.runner = BlockRunner(self.attention, options.kernels, compiled=options.compile, checkpointed=options.checkpointing)
+        how = {"compiled": options.compile is True, "checkpointed": options.checkpointing}  # auto that nobody settled is off
+        self.runner = BlockRunner(self.attention, options.kernels, **how)
         self._half: HalfCopy | None = None
         self._recorded: RecordedPass | None = None
 
@@ -51,7 +52,7 @@ class XKD(reference.XKD):
         """
         check_views(views, self.options)
         masks = masks or self.draw_masks(views)
-        if self.options.cuda_graph and views.video_global.device.type == "cuda" and torch.is_grad_enabled():
+        if self.options.cuda_graph is True and views.video_global.device.type == "cuda" and torch.is_grad_enabled():
             return self.recorded_losses(views, masks)
         return self.losses(views, masks)
 
@@ -73,7 +74,7 @@ class XKD(reference.XKD):
         clips = {"video": [views.video_global, *views.video_locals], "audio": [views.audio_global, *views.audio_locals]}
         order = {m: noise.argsort(dim=1, stable=True) for m, noise in (("video", masks.video), ("audio", masks.audio))}
 
-        side = SideStream(views.video_global.device, wanted=self.options.teacher_stream)
+        side = SideStream(views.video_global.device, wanted=self.options.teacher_stream is True)
         with side, torch.no_grad(), component("teachers"):
             teacher_clip = 1 if self.options.teacher_view == "local" else 0
             teacher_logits, weights = self.teach({m: clips[m][teacher_clip] for m in MODALITIES})
