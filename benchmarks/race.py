@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -140,8 +140,12 @@ class Race:
         kinds = ("seconds", "clips_per_second", "fast_against", "disagreement", "costs", "peak_bytes", "allocation_retries")
         self.row: Row = {"clips": clips, **{kind: {} for kind in kinds}}
 
-    def run(self, kinds: dict[str, Kind], rounds: int) -> Iterator[Row]:
-        """Times every pair, then counts; yields the row whenever there is more in it."""
+    def run(self, kinds: Mapping[str, Kind], rounds: int, counted: Mapping[str, Kind] | None = None) -> Iterator[Row]:
+        """Times every pair, then counts; yields the row whenever there is more in it.
+
+        ``counted``: whose kept bytes, FLOPs and launches are counted beside the fast model's; None = the reference's and the
+        strong one's. None may be compiled: nothing can be counted inside of a program.
+        """
         fast: list[Entrant] = []
         self._attempt("fast", lambda: fast.append(self._entrant("fast", Fast)))
         for name, kind in kinds.items() if fast else ():
@@ -151,8 +155,8 @@ class Race:
                 self._attempt(name, partial(self._pair, name, kind, fast[0], rounds))
             yield self.row
         fast.clear()
-        countable: dict[str, Kind] = {"reference": Released, "strong": partial(Strong, compiled=False), "fast": Fast}
-        for name, kind in countable.items():  # none compiled: nothing can be counted inside of a program
+        plain: dict[str, Kind] = {"reference": Released, "strong": partial(Strong, compiled=False)}
+        for name, kind in {**(plain if counted is None else counted), "fast": Fast}.items():
             if not too_late():
                 self._attempt(name, partial(self._count, name, kind))
         yield self.row
