@@ -141,3 +141,33 @@ def test_opcheck_and_compile(device):
         loss(compiled).backward()
         distillation_loss(eager, teacher, centre, temperature, STUDENT_TEMPERATURE, backend=backend).loss.backward()
         torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+def change(**changed):
+    """The arguments of a right call, some of them others: student, teacher, centre, temperatures, views."""
+    right = {"student": torch.randn(4, 8), "teacher": torch.randn(2, 8), "centre": torch.zeros(8), "warm": torch.ones(())}
+    return {**right, "cool": 0.1, "views": 1, **changed}
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"student": torch.randn(4, 9)}, r"\[4, 9\] and \[2, 8\], but \[V·B, K\]"),
+        ({"student": torch.randn(5, 8)}, "student has 5 rows, teacher 2 in teacher_views = 1"),
+        ({"views": 3}, "teacher 2 in teacher_views = 3"),
+        ({"student": torch.randn(0, 8)}, "are wanted"),
+        ({"centre": torch.zeros(8, 1)}, r"centre has the shape \[8, 1\]"),
+        ({"centre": torch.zeros(7)}, r"centre has the shape \[7\]"),
+        ({"warm": torch.ones(2)}, r"teacher_temperature \[2\]"),
+        ({"warm": torch.ones((), dtype=torch.int64)}, "teacher_temperature is of type int64"),
+        ({"cool": 0.0}, "student_temperature = 0.0 must be above 0"),
+        ({"cool": float("nan")}, "must be above 0"),
+        ({"teacher": torch.randn(2, 8, device="meta")}, "teacher is on meta"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changed, message, backend, device):
+    """Catches memory read outside of a tensor, and rows paired with others' clips."""
+    given = {n: x.to(device) if isinstance(x, torch.Tensor) and not x.is_meta else x for n, x in change(**changed).items()}
+    with pytest.raises(ValueError, match=message):
+        distillation_loss(*given.values(), backend=backend)

@@ -79,3 +79,22 @@ def test_opcheck_and_compile(device):
         found, expected = (torch.autograd.grad(f(x, scale).square().sum(), (x, scale)) for f in (compiled, by(backend)))
         for mine, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(
+    ("x", "more", "message"),
+    [
+        (torch.ones(8), {}, r"x has the shape \[8\]"),
+        (torch.ones(0, 8), {}, r"x has the shape \[0, 8\]"),
+        (torch.ones(4, 8), {"eps": 0.0}, "eps > 0"),
+        (torch.ones(4, 8), {"scale": torch.ones(4)}, r"scale has the shape \[4\]; \[4, 1\]"),
+        (torch.ones(4, 8, dtype=torch.int32), {}, "x is of type int32"),
+        (torch.ones(4, 8), {"dtype": torch.int32}, "dtype = int32"),
+        (torch.ones(4, 8), {"scale": torch.ones(4, 1, device="meta")}, "scale is on meta"),
+    ],
+)
+def test_what_does_not_fit_is_refused(x, more, message, backend, device):
+    """Catches memory read outside of a tensor, and a scale that would be broadcast."""
+    with pytest.raises(ValueError, match=message):
+        unit_rows(x.to(device), backend=backend, **more)
