@@ -54,7 +54,7 @@ def test_agrees_at_8192_numbers(backend, kind, tolerance, device):
     assert_agrees(by(backend), naive(), pairs(kind, 4, 8, 8192, device), slack * tolerance)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 17, 63), (11, 3, 141), (70, 9, 16), (40, 100, 20)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 17, 63), (11, 3, 141), (60, 5, 16), (30, 100, 20)])
 def test_ragged_shapes(shape, device):
     """Catches rows beyond the end that take part, pairs of tiles left out or visited twice, means over the wrong number."""
     assert_agrees(by("triton", FEW), naive(FEW), some_rows(*shape, device, scale=shape[-1] ** -0.5), 1e-6)
