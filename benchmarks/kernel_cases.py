@@ -18,6 +18,7 @@ HEADS, WIDTH, HIDDEN = 12, 768, 3072
 DECODER_WIDTH, DECODER_HIDDEN = 384, 1536
 BOTTLENECK, PROTOTYPES = 256, 8192
 VIDEO_PATCH, AUDIO_PATCH = (4, 16, 16), (4, 16)
+GAMMAS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -180,6 +181,20 @@ def _unit_rows(place: str, rows: int, width: int) -> Case:
     )
 
 
+def _mmd(place: str, rows: int, *, trained: bool, width: int = PROTOTYPES, dtype: torch.dtype = torch.float32) -> Case:
+    def inputs(clips: int, device: torch.device) -> list[Tensor]:
+        return [torch.randn(clips * rows, width, dtype=dtype, device=device, requires_grad=trained) for _ in range(2)]
+
+    return Case(
+        f"mmd_loss, {place}",
+        dtype,
+        str(width),
+        inputs,
+        lambda backend, x, y: kernels.mmd_loss(x, y, GAMMAS, backend=backend),
+        lambda x, y: kernels.naive_mmd_loss(x, y, GAMMAS),
+    )
+
+
 CASES = (
     _attention("student video", (60, 73), 64, trained=True),
     _attention("student audio", (113, 141), 64, trained=True),
@@ -197,6 +212,8 @@ CASES = (
     _gather("spectrogram", (80, 448), AUDIO_PATCH, 112, 560),
     _distillation_loss("one direction", PROTOTYPES),
     _unit_rows("prototypes", PROTOTYPES, BOTTLENECK),
+    _mmd("students", 2, trained=True),
+    _mmd("teachers", 1, trained=False),
 )
 
 # Sizes that the base model does not have but users may: other head widths, a trained CLS attention, float32.
@@ -205,6 +222,10 @@ FURTHER = (
     _cls_attention("trained", 141, trained=True),
     _residual_layer_norm("large", 254, 1024),
     _distillation_loss("65 536 prototypes", 65536),
+    _mmd("32 clips", 32, trained=True),  # the resources' two clips have as many rows as the students' 32
+    _mmd("128 clips", 128, trained=True),
+    _mmd("512 clips", 512, trained=True),
+    _mmd("half rows of 1000", 128, trained=True, width=1000, dtype=torch.bfloat16),
 )
 
 # The same operators so small that the interpreter is soon done with them.
@@ -216,4 +237,5 @@ SMALL = (
     _gather("small video", (4, 32, 32, 3), VIDEO_PATCH, 2, 4),
     _distillation_loss("small", 65),
     _unit_rows("small", 9, 24),
+    _mmd("small", 3, trained=True, width=48),
 )

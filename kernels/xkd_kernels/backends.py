@@ -33,6 +33,7 @@ OPERATORS = (
     "gather_patches",
     "distillation_loss",
     "unit_rows",
+    "mmd_loss",
     *NATIVE,
 )
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as the kernels were loaded; changing it later changes nothing

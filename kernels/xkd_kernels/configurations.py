@@ -68,6 +68,7 @@ def _rows(dtype: torch.dtype, width: int) -> Launch:
 
 
 def _columns(dtype: torch.dtype, width: int) -> Launch:
+    """Wide enough for whole sectors; rows are what the weighted ones that pass by are read once for."""
     return Launch({"ROWS": 8, "COLUMNS": 256}, warps=4)
 
 
@@ -82,6 +83,16 @@ def _prototypes_online(dtype: torch.dtype, prototypes: int) -> Launch:
 
 def _prototypes(dtype: torch.dtype, prototypes: int) -> Launch:
     return Launch({"BLOCK": min(1024, max(128, 1 << (prototypes - 1).bit_length()))}, warps=4)
+
+
+def _pairs_of_rows(dtype: torch.dtype, rows: int, width: int) -> Launch:
+    """Tiles of pairs, small enough that 132 processors have one each; all with 64 sums in a thread's registers."""
+    tile, block, warps, stages = (4, 512, 4, 2) if rows <= 64 else (8, 256, 8, 2) if rows <= 128 else (16, 32, 4, 2)
+    return Launch({"TILE": tile, "BLOCK": min(block, 1 << (width - 1).bit_length())}, warps=warps, stages=stages)
+
+
+def _pull_of_rows(dtype: torch.dtype, rows: int, width: int) -> Launch:
+    return Launch({"ROWS": 8 if rows <= 64 else 16, "STEP": 8, "BLOCK": min(128, 1 << (width - 1).bit_length())}, warps=4)
 
 
 DEFAULTS: dict[str, Callable[..., Launch]] = {
@@ -100,6 +111,9 @@ DEFAULTS: dict[str, Callable[..., Launch]] = {
     "distillation_loss_backward": _prototypes,
     "unit_rows_forward": _rows,
     "unit_rows_backward": _rows,
+    "mmd_loss_forward": _pairs_of_rows,
+    "mmd_loss_backward_weights": _pairs_of_rows,
+    "mmd_loss_backward_gradient": _pull_of_rows,
 }
 
 

@@ -29,6 +29,10 @@ def norm(x=ROWS, branch=ROWS, weight=ONES, bias=ZEROS, eps=1e-5, **more):
     return lambda backend: X.residual_layer_norm(x, branch, weight, bias, eps, backend=backend, **more)
 
 
+def compare(x=ROWS, y=ROWS, gammas=(0.1, 1.0)):
+    return lambda backend: X.mmd_loss(x, y, gammas, backend=backend)
+
+
 WRONG = {
     "ids beyond the last patch": (gather(ids=IDS + 1), "."),
     "ids far away": (gather(ids=IDS + 10**9), "."),
@@ -64,6 +68,15 @@ WRONG = {
     "rows of nothing": (norm(*[ROWS[:, :0]] * 2, ONES[:0], ZEROS[:0]), "rows of at least 1 number"),
     "a bias elsewhere": (lambda backend: X.bias_gelu(ROWS, ZEROS.to("meta"), backend=backend), "bias is on meta"),
     "a GELU of integers": (lambda backend: X.bias_gelu(ROWS.int(), ZEROS, backend=backend), "h is of type int32"),
+    "rows of another width": (compare(y=ROWS[:, :7]), r"the shapes \[4, 8\] and \[4, 7\]"),
+    "no rows to compare": (compare(y=ROWS[:0]), r"\[0, 8\], but \[n, K\] and \[m, K\], each at least 1"),
+    "rows with a batch": (compare(x=ROWS[None], y=ROWS[None]), r"\[1, 4, 8\]"),
+    "integers to compare": (compare(x=ROWS.int(), y=ROWS.int()), "x is of type int32"),
+    "rows of two types": (compare(y=ROWS.bfloat16()), "of the types float32 and bfloat16"),
+    "rows elsewhere": (compare(y=ROWS.to("meta")), "y is on meta, x on cpu"),
+    "no kernels": (compare(gammas=()), r"gammas = \[\] must be a list of at least one number"),
+    "a kernel that grows": (compare(gammas=(1.0, -0.1)), "each above 0"),
+    "a kernel of NaN": (compare(gammas=(float("nan"),)), "each above 0"),
 }
 
 
@@ -113,6 +126,7 @@ def test_autocast_changes_no_type(backend):
         assert X.packed_attention(QKV, [(2, 5)], backend=backend).dtype == torch.float32
         assert X.cls_attention(QKV, [(2, 5)], backend=backend).dtype == torch.float32
         assert X.bias_gelu(ROWS, ZEROS, backend=backend).dtype == torch.float32
+        assert compare()(backend).dtype == torch.float32
 
 
 def test_forward_mode_is_refused_by_kernels():

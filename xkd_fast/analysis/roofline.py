@@ -228,6 +228,21 @@ def patches_read(clip: Tensor, count: int, patch: Sequence[int]) -> Cost:
     return Cost(count * numbers * size, round(each * runs))
 
 
+def _mmd(x: Tensor, y: Tensor, gammas: Sequence[float], *, out: Tensor) -> Cost:
+    """Of every pair of rows once: for each number a difference and its square added."""
+    rows = len(x) + len(y)
+    pairs = rows * (rows + 1) // 2
+    return _moved([x, y, out]) + Cost(others=pairs * (3 * x.shape[1] + 3 * len(gammas)))
+
+
+def _mmd_backward(gradient: Tensor, x: Tensor, y: Tensor, gammas: Sequence[float], of_x: bool, of_y: bool, *, out: Any) -> Cost:
+    """The distances of the pairs in which a wanted row takes part, and a weighted difference for each of the row's numbers."""
+    rows, wanted = len(x) + len(y), len(x) * of_x + len(y) * of_y
+    pairs = wanted * (wanted + 1) // 2 + wanted * (rows - wanted)
+    others = pairs * (3 * x.shape[1] + 4 * len(gammas)) + 3 * wanted * rows * x.shape[1]
+    return _moved([gradient, x, y, out]) + Cost(others=others)
+
+
 OPERATORS: dict[str, Callable[..., Cost]] = {
     "xkd_kernels.packed_attention": _attention,
     "xkd_kernels.packed_attention_backward": _attention_backward,
@@ -241,4 +256,6 @@ OPERATORS: dict[str, Callable[..., Cost]] = {
     "xkd_kernels.distillation_loss_backward": _elementwise(12),
     "xkd_kernels.unit_rows": _elementwise(4),
     "xkd_kernels.unit_rows_backward": _elementwise(7),
+    "xkd_kernels.mmd_loss": _mmd,
+    "xkd_kernels.mmd_loss_backward": _mmd_backward,
 }
