@@ -55,6 +55,7 @@ def test_a_step_through_every_kernel(dtype: torch.dtype, changes: dict, is_raw: 
     found, ours, launched = step(replace(options, kernels="triton", attention="triton"), dtype, is_raw=is_raw)
     assert not none
     trained = (f"{name}_{way}" for name in (*TRAINED, *OBJECTIVES) for way in ("forward", "backward"))
+    trained = (*trained, "mmd_loss_forward", "mmd_loss_backward_weights", "mmd_loss_backward_gradient")
     attention = ("packed_attention_forward", "packed_attention_whole_backward")
     assert launched >= {"gather_patches_forward", "cls_attention_forward", *trained, *attention}
     assert found.item() == pytest.approx(loss.item(), rel=error / 4)
@@ -112,6 +113,7 @@ def test_who_computes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         *(("gather_patches", half, "3072"), ("gather_patches", single, "64")),
         *(("cls_attention", half, shape) for shape in ("512x64", "1024x64")),
         *(("unit_rows", half, "256"), ("unit_rows", single, "256"), ("distillation_loss", single, "8192")),
+        ("mmd_loss", single, "8192"),
     }
     assert len(lines) == 2 and "kernels: triton, measured: bias_gelu 3072, bias_gelu 1536" in lines
     monkeypatch.undo()

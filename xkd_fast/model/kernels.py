@@ -65,5 +65,6 @@ def _questions(options: ModelOptions, dtype: torch.dtype) -> list[tuple[str, tor
             found["cls_attention", dtype, f"{shape_class(1 + clip.tokens)}x{head_width}"] = None
     found["unit_rows", dtype, str(options.head.bottleneck)] = None  # of the head's vectors; of its prototypes:
     found["unit_rows", torch.float32, str(options.head.bottleneck)] = None
+    found["mmd_loss", torch.float32, str(options.head.prototypes)] = None
     found["distillation_loss", torch.float32, str(options.head.prototypes)] = None
     return list(found)

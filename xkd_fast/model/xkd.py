@@ -26,6 +26,7 @@ from xkd_fast.model.refine import refined_mean, refinement_weights
 from xkd_fast.model.streams import SideStream
 from xkd_fast.model.tokens import check_views, embed, gather_patches
 from xkd_fast.model.vit import BlockRunner
+from xkd_fast.objective.alignment import align
 from xkd_fast.objective.distillation import distil
 from xkd_fast.objective.losses import Distilled, Losses
 from xkd_fast.objective.reconstruction import patch_error
@@ -185,3 +186,7 @@ class XKD(reference.XKD):
         centre, temperature = self.get_buffer(f"{source}_centre"), self.get_buffer(f"{source}_teacher_temperature")
         student_temperature = self.options.objective.student_temperature
         return distil(teacher, student, centre, temperature, student_temperature, self.options.kernels)
+
+    def align(self, video: Tensor, audio: Tensor) -> Tensor:
+        """The reference's, without a matrix of all pairs."""
+        return align(video, audio, self.options.objective.mmd_gammas, self.options.kernels)
