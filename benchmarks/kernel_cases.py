@@ -148,6 +148,52 @@ def _gather(place: str, size: tuple[int, ...], patch: tuple[int, ...], keep: int
     )
 
 
+def _masked_patch_loss(
+    place: str, size: tuple[int, ...], patch: tuple[int, ...], masked: int, total: int, dtype: torch.dtype = torch.bfloat16
+) -> Case:
+    video = len(size) == 4
+    affine = (PIXEL_MEAN, PIXEL_STD) if video else ((), ())
+    numbers = math.prod(patch) * (size[-1] if video else 1)
+
+    def inputs(clips: int, device: torch.device) -> list[Tensor]:
+        predicted = torch.randn(clips, masked, numbers, device=device).to(dtype).requires_grad_()
+        ids = torch.rand(clips, total, device=device).argsort(dim=1)[:, total - masked :]
+        if video:
+            frames = torch.randint(256, (clips, *size), dtype=torch.uint8, device=device)
+            return [predicted, frames.permute(0, 4, 1, 2, 3), ids]
+        return [predicted, torch.randn(clips, 1, *size, device=device), ids]
+
+    return Case(
+        f"masked_patch_loss, {place}",
+        dtype,
+        str(numbers),
+        inputs,
+        lambda backend, *x: kernels.masked_patch_loss(*x, patch, *affine, backend=backend),
+        lambda *x: kernels.naive_masked_patch_loss(*x, patch, *affine),
+    )
+
+
+def _refine(place: str, patches: int, others: int, mode: str = "mean", width: int = WIDTH, heads: int = HEADS) -> Case:
+    """As the teachers' last block and norm leave them: tokens with CLS first, looks of each head at all clips' tokens."""
+
+    def looks(clips: int, patches: int, device: torch.device) -> Tensor:
+        of_tokens = torch.randn(heads, clips, 1 + patches, device=device).softmax(dim=-1)
+        return of_tokens.transpose(0, 1)[:, :, 1:]
+
+    def inputs(clips: int, device: torch.device) -> list[Tensor]:
+        tokens = torch.randn(clips, 1 + patches, width, device=device)[:, 1:]
+        return [tokens, looks(clips, patches, device), looks(clips, others, device)]
+
+    return Case(
+        f"refine, {place}",
+        torch.float32,
+        str(width),
+        inputs,
+        lambda backend, *x: kernels.refine(*x, mode, backend=backend),
+        lambda *x: kernels.naive_refine(*x, mode),
+    )
+
+
 CASES = (
     _attention("student video", (60, 73), 64, trained=True),
     _attention("student audio", (113, 141), 64, trained=True),
@@ -163,6 +209,10 @@ CASES = (
     _bias_gelu("decoder audio", 561, DECODER_HIDDEN),
     _gather("video of bytes", (32, 112, 112, 3), VIDEO_PATCH, 59, 392),
     _gather("spectrogram", (80, 448), AUDIO_PATCH, 112, 560),
+    _masked_patch_loss("video of bytes", (32, 112, 112, 3), VIDEO_PATCH, 333, 392),
+    _masked_patch_loss("spectrogram", (80, 448), AUDIO_PATCH, 448, 560),
+    _refine("video", 392, 560),
+    _refine("audio", 560, 392),
 )
 
 # Sizes that the base model does not have but users may: other head widths, a trained CLS attention, float32.
@@ -170,6 +220,8 @@ FURTHER = (
     *(_attention(f"head width {width}", (50, 200), width, trained=True) for width in (16, 24, 128)),
     _cls_attention("trained", 141, trained=True),
     _residual_layer_norm("large", 254, 1024),
+    _masked_patch_loss("large patches", (8, 64, 64, 3), (4, 32, 32), 5, 8, torch.float32),
+    _refine("softmax, large", 392, 560, "softmax", 1024, 16),
 )
 
 # The same operators so small that the interpreter is soon done with them.
@@ -179,4 +231,8 @@ SMALL = (
     _residual_layer_norm("small", 7, 24),
     _bias_gelu("small", 7, 48),
     _gather("small video", (4, 32, 32, 3), VIDEO_PATCH, 2, 4),
+    _masked_patch_loss("small video", (4, 32, 32, 3), VIDEO_PATCH, 3, 4),
+    _masked_patch_loss("small spectrogram", (8, 64), AUDIO_PATCH, 5, 8),
+    _refine("small", 9, 5, width=24, heads=2),
+    _refine("small, softmax", 9, 5, "softmax", 24, 2),
 )

@@ -5,7 +5,9 @@ from xkd_kernels.backends import BACKENDS, BackendError, Choice, choose, obstacl
 from xkd_kernels.bias_gelu import bias_gelu, naive_bias_gelu
 from xkd_kernels.cls_attention import cls_attention, naive_cls_attention
 from xkd_kernels.gather_patches import gather_patches, naive_gather_patches
+from xkd_kernels.masked_patch_loss import masked_patch_loss, naive_masked_patch_loss
 from xkd_kernels.packed_attention import naive_packed_attention, packed_attention
+from xkd_kernels.refine import naive_refine, refine
 from xkd_kernels.residual_layer_norm import naive_residual_layer_norm, residual_layer_norm
 
 __version__ = "0.1.0"
@@ -20,15 +22,19 @@ __all__ = [
     "cls_attention",
     "ema_",
     "gather_patches",
+    "masked_patch_loss",
     "naive_adamw_ema",
     "naive_bias_gelu",
     "naive_cls_attention",
     "naive_gather_patches",
+    "naive_masked_patch_loss",
     "naive_packed_attention",
+    "naive_refine",
     "naive_residual_layer_norm",
     "naive_squared_norms",
     "obstacle",
     "packed_attention",
+    "refine",
     "residual_layer_norm",
     "squared_norms",
 ]

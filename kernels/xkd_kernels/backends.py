@@ -25,7 +25,16 @@ from xkd_kernels import native
 
 BACKENDS = ("auto", "triton", "native", "torch")
 NATIVE = ("adamw_ema",)  # operators written in C++ and CUDA; the others are Triton's
-OPERATORS = ("packed_attention", "cls_attention", "residual_layer_norm", "bias_gelu", "gather_patches", *NATIVE)
+OPERATORS = (
+    "packed_attention",
+    "cls_attention",
+    "residual_layer_norm",
+    "bias_gelu",
+    "gather_patches",
+    "masked_patch_loss",
+    "refine",
+    *NATIVE,
+)
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as the kernels were loaded; changing it later changes nothing
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MEASURED = Path(__file__).with_name("measured.json")

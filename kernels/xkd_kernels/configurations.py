@@ -75,6 +75,15 @@ def _patches(dtype: torch.dtype, numbers: int) -> Launch:
     return Launch({"BLOCK": min(1024, max(16, 1 << (numbers - 1).bit_length()))}, warps=4)
 
 
+def _whole_patches(dtype: torch.dtype, numbers: int) -> Launch:
+    block = 1 << (numbers - 1).bit_length()
+    return Launch({"ROWS": max(1, 2048 // block)}, warps=min(16, max(4, block // 1024)))
+
+
+def _refine(dtype: torch.dtype, width: int) -> Launch:
+    return Launch({"TOKENS": max(1, 8192 >> (width - 1).bit_length()), "COLUMNS": 128, "STAGES": 3}, warps=16)
+
+
 DEFAULTS: dict[str, Callable[..., Launch]] = {
     "packed_attention_forward": _attention_forward,
     "packed_attention_whole_backward": _attention_whole_backward,
@@ -87,6 +96,9 @@ DEFAULTS: dict[str, Callable[..., Launch]] = {
     "bias_gelu_backward": _columns,
     "gather_patches_forward": _patches,
     "gather_patches_backward": _patches,
+    "masked_patch_loss_forward": _whole_patches,
+    "masked_patch_loss_backward": _whole_patches,
+    "refine_forward": _refine,
 }
 
 
