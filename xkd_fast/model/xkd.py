@@ -2,7 +2,7 @@
 
 What differs from ``reference.XKD``: only visible patches are gathered and embedded; all student tokens of a modality (in
 XKD-MAS and XKD-MATS of both) pass the blocks as one packed matrix; attention is fused; teachers keep no graph and never form
-an attention matrix; the decoder's last projections and the targets exist at masked positions only.
+an attention matrix; the decoder's last projections exist at masked positions only, the targets inside the loss alone.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from xkd_fast.model.kernels import require_kernels
 from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
 from xkd_fast.model.packing import Group, added, pack, unpack
 from xkd_fast.model.precision import as_written
-from xkd_fast.model.refine import refined_mean, refinement_weights
 from xkd_fast.model.streams import SideStream
-from xkd_fast.model.tokens import check_views, embed, gather_patches
+from xkd_fast.model.tokens import check_views, embed
 from xkd_fast.model.vit import BlockRunner
 from xkd_fast.objective.losses import Losses
-from xkd_fast.objective.reconstruction import patch_error
+from xkd_fast.objective.reconstruction import reconstruction_loss
 from xkd_fast.reference import MODALITIES, Block, Network
+from xkd_kernels import refine
 
 
 class XKD(reference.XKD):
@@ -131,8 +131,9 @@ class XKD(reference.XKD):
                 tokens[modality] = encoder.patch_tokens(encoder.norm(rest).view_as(part))
                 attention[modality] = own
         for own_name, other in (("video", "audio"), ("audio", "video")):
-            weights[own_name] = refinement_weights(attention[own_name], attention[other], self.options.refinement)
-            logits[own_name] = teachers[own_name].head(refined_mean(tokens[own_name], weights[own_name]))
+            looks = attention[own_name], attention[other]
+            pooled, weights[own_name] = refine(tokens[own_name], *looks, self.options.refinement, backend=self.options.kernels)
+            logits[own_name] = teachers[own_name].head(pooled)
         return logits, weights
 
     def teachers_for(self, device: torch.device) -> dict[str, Network]:
@@ -169,9 +170,9 @@ class XKD(reference.XKD):
         teacher: dict[str, Tensor],
         weights: dict[str, Tensor],
     ) -> Losses:
-        """The reference's objectives, given predictions [B, N − keep, P] and targets of masked patches alone."""
+        """The reference's objectives, given predictions [B, N − keep, P] of masked patches alone."""
         options: dict[str, VideoOptions | AudioOptions] = {"video": self.options.video, "audio": self.options.audio}
         kernels = self.options.kernels
-        targets = {m: gather_patches(clips[m][0], order[m][:, self.keep(m) :], options[m], kernels=kernels) for m in MODALITIES}
-        recon = {m: patch_error(predicted[m], targets[m]) for m in MODALITIES}
+        masked = {m: order[m][:, self.keep(m) :] for m in MODALITIES}
+        recon = {m: reconstruction_loss(predicted[m], clips[m][0], masked[m], options[m], kernels) for m in MODALITIES}
         return self.combine(recon, student, teacher, weights)
