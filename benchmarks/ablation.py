@@ -164,16 +164,18 @@ class PlainObjectives(xkd.XKD):
         return self.combine(recon, student, teacher, weights)
 
 
-def plain_refined_mean(tokens: Tensor, weights: Tensor) -> Tensor:
-    """Every token is weighted, then their mean is taken."""
-    return reference.refine(tokens, weights).mean(dim=1)
+def plain_refine(tokens: Tensor, own: Tensor, other: Tensor, mode: str, *, backend: str) -> tuple[Tensor, Tensor]:
+    """With all outer products, and every token weighted before their mean is taken."""
+    weights = reference.refinement_weights(own, other, mode)
+    return reference.refine(tokens, weights).mean(dim=1), weights
 
 
-PLAIN = (
-    (xkd, "project", lambda head, pooled, kernels: head(pooled)),
-    (xkd, "refinement_weights", reference.refinement_weights),
-    (xkd, "refined_mean", plain_refined_mean),
-)
+def plain_head(head: reference.Head, pooled: Tensor, kernels: str) -> Tensor:
+    """The head as a module."""
+    return head(pooled)  # type: ignore[no-any-return]
+
+
+PLAIN = ((xkd, "project", plain_head), (xkd, "refine", plain_refine))
 
 
 WITHOUT: dict[str, type[Altered]] = {

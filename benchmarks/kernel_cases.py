@@ -195,6 +195,52 @@ def _mmd(place: str, rows: int, *, trained: bool, width: int = PROTOTYPES, dtype
     )
 
 
+def _masked_patch_loss(
+    place: str, size: tuple[int, ...], patch: tuple[int, ...], masked: int, total: int, dtype: torch.dtype = torch.bfloat16
+) -> Case:
+    video = len(size) == 4
+    affine = (PIXEL_MEAN, PIXEL_STD) if video else ((), ())
+    numbers = math.prod(patch) * (size[-1] if video else 1)
+
+    def inputs(clips: int, device: torch.device) -> list[Tensor]:
+        predicted = torch.randn(clips, masked, numbers, device=device).to(dtype).requires_grad_()
+        ids = torch.rand(clips, total, device=device).argsort(dim=1)[:, total - masked :]
+        if video:
+            frames = torch.randint(256, (clips, *size), dtype=torch.uint8, device=device)
+            return [predicted, frames.permute(0, 4, 1, 2, 3), ids]
+        return [predicted, torch.randn(clips, 1, *size, device=device), ids]
+
+    return Case(
+        f"masked_patch_loss, {place}",
+        dtype,
+        str(numbers),
+        inputs,
+        lambda backend, *x: kernels.masked_patch_loss(*x, patch, *affine, backend=backend),
+        lambda *x: kernels.naive_masked_patch_loss(*x, patch, *affine),
+    )
+
+
+def _refine(place: str, patches: int, others: int, mode: str = "mean", width: int = WIDTH, heads: int = HEADS) -> Case:
+    """As the teachers' last block and norm leave them: tokens with CLS first, looks of each head at all clips' tokens."""
+
+    def looks(clips: int, patches: int, device: torch.device) -> Tensor:
+        of_tokens = torch.randn(heads, clips, 1 + patches, device=device).softmax(dim=-1)
+        return of_tokens.transpose(0, 1)[:, :, 1:]
+
+    def inputs(clips: int, device: torch.device) -> list[Tensor]:
+        tokens = torch.randn(clips, 1 + patches, width, device=device)[:, 1:]
+        return [tokens, looks(clips, patches, device), looks(clips, others, device)]
+
+    return Case(
+        f"refine, {place}",
+        torch.float32,
+        str(width),
+        inputs,
+        lambda backend, *x: kernels.refine(*x, mode, backend=backend),
+        lambda *x: kernels.naive_refine(*x, mode),
+    )
+
+
 CASES = (
     _attention("student video", (60, 73), 64, trained=True),
     _attention("student audio", (113, 141), 64, trained=True),
@@ -214,6 +260,10 @@ CASES = (
     _unit_rows("prototypes", PROTOTYPES, BOTTLENECK),
     _mmd("students", 2, trained=True),
     _mmd("teachers", 1, trained=False),
+    _masked_patch_loss("video of bytes", (32, 112, 112, 3), VIDEO_PATCH, 333, 392),
+    _masked_patch_loss("spectrogram", (80, 448), AUDIO_PATCH, 448, 560),
+    _refine("video", 392, 560),
+    _refine("audio", 560, 392),
 )
 
 # Sizes that the base model does not have but users may: other head widths, a trained CLS attention, float32.
@@ -226,6 +276,8 @@ FURTHER = (
     _mmd("128 clips", 128, trained=True),
     _mmd("512 clips", 512, trained=True),
     _mmd("half rows of 1000", 128, trained=True, width=1000, dtype=torch.bfloat16),
+    _masked_patch_loss("large patches", (8, 64, 64, 3), (4, 32, 32), 5, 8, torch.float32),
+    _refine("softmax, large", 392, 560, "softmax", 1024, 16),
 )
 
 # The same operators so small that the interpreter is soon done with them.
@@ -238,4 +290,8 @@ SMALL = (
     _distillation_loss("small", 65),
     _unit_rows("small", 9, 24),
     _mmd("small", 3, trained=True, width=48),
+    _masked_patch_loss("small video", (4, 32, 32, 3), VIDEO_PATCH, 3, 4),
+    _masked_patch_loss("small spectrogram", (8, 64), AUDIO_PATCH, 5, 8),
+    _refine("small", 9, 5, width=24, heads=2),
+    _refine("small, softmax", 9, 5, "softmax", 24, 2),
 )

@@ -34,6 +34,8 @@ OPERATORS = (
     "distillation_loss",
     "unit_rows",
     "mmd_loss",
+    "masked_patch_loss",
+    "refine",
     *NATIVE,
 )
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as the kernels were loaded; changing it later changes nothing

@@ -95,6 +95,15 @@ def _pull_of_rows(dtype: torch.dtype, rows: int, width: int) -> Launch:
     return Launch({"ROWS": 8 if rows <= 64 else 16, "STEP": 8, "BLOCK": min(128, 1 << (width - 1).bit_length())}, warps=4)
 
 
+def _whole_patches(dtype: torch.dtype, numbers: int) -> Launch:
+    block = 1 << (numbers - 1).bit_length()
+    return Launch({"ROWS": max(1, 2048 // block)}, warps=min(16, max(4, block // 1024)))
+
+
+def _refine(dtype: torch.dtype, width: int) -> Launch:
+    return Launch({"TOKENS": max(1, 8192 >> (width - 1).bit_length()), "COLUMNS": 128, "STAGES": 3}, warps=16)
+
+
 DEFAULTS: dict[str, Callable[..., Launch]] = {
     "packed_attention_forward": _attention_forward,
     "packed_attention_whole_backward": _attention_whole_backward,
@@ -114,6 +123,9 @@ DEFAULTS: dict[str, Callable[..., Launch]] = {
     "mmd_loss_forward": _pairs_of_rows,
     "mmd_loss_backward_weights": _pairs_of_rows,
     "mmd_loss_backward_gradient": _pull_of_rows,
+    "masked_patch_loss_forward": _whole_patches,
+    "masked_patch_loss_backward": _whole_patches,
+    "refine_forward": _refine,
 }
 
 

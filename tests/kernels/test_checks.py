@@ -15,6 +15,8 @@ PATCH = (2, 16, 16)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 QKV = torch.randn(10, 3, 2, 16)
 ROWS, ONES, ZEROS = torch.randn(4, 8), torch.ones(8), torch.zeros(8)
+PREDICTED = torch.zeros(2, 2, 1536)
+TOKENS, OWN, OTHER = torch.zeros(2, 7, 8), torch.zeros(2, 3, 7), torch.zeros(2, 3, 5)
 
 
 def gather(clip=CLIP, ids=IDS, patch=PATCH, **more):
@@ -31,6 +33,14 @@ def norm(x=ROWS, branch=ROWS, weight=ONES, bias=ZEROS, eps=1e-5, **more):
 
 def compare(x=ROWS, y=ROWS, gammas=(0.1, 1.0)):
     return lambda backend: X.mmd_loss(x, y, gammas, backend=backend)
+
+
+def patch_loss(predicted=PREDICTED, clip=CLIP, ids=IDS, patch=PATCH, **more):
+    return lambda backend: X.masked_patch_loss(predicted, clip, ids, patch, backend=backend, **more)
+
+
+def refine(tokens=TOKENS, own=OWN, other=OTHER, mode="mean"):
+    return lambda backend: X.refine(tokens, own, other, mode, backend=backend)
 
 
 WRONG = {
@@ -53,6 +63,20 @@ WRONG = {
     "a result of integers": (gather(dtype=torch.uint8), "dtype = uint8"),
     "a deviation of nothing": (gather(mean=MEAN, std=(0.0, 1.0, 1.0)), "each above 0"),
     "a deviation of NaN": (gather(mean=MEAN, std=(float("nan"), 1.0, 1.0)), "each above 0"),
+    "predicted ids beyond the last patch": (patch_loss(ids=IDS + 1), "."),
+    "predicted ids below the first": (patch_loss(ids=IDS - 1), "."),
+    "predictions of other patches": (patch_loss(ids=IDS[:, :1]), r"predicted has the shape \[2, 2, 1536\]"),
+    "predictions of integers": (patch_loss(PREDICTED.int()), "predicted is of type int32"),
+    "predictions elsewhere": (patch_loss(PREDICTED.to("meta")), "clip is on cpu, predicted on meta"),
+    "predicted patches that do not fit": (patch_loss(patch=(3, 16, 16)), "does not divide"),
+    "predicted channels without a mean": (patch_loss(mean=(0.5,), std=(0.5,)), "of a clip with 3 channels"),
+    "a patch of one number": (patch_loss(PREDICTED[..., :1], CLIP[:, :1], patch=(1, 1, 1)), "has no variance"),
+    "looks at other patches": (refine(own=OWN[..., 1:]), r"but \[B, N, D\], \[B, h, N\] and \[B, h, M\]"),
+    "looks of other heads": (refine(other=OTHER[:, 1:]), "are wanted"),
+    "no tokens": (refine(TOKENS[:, :0], OWN[..., :0]), "are wanted"),
+    "tokens of integers": (refine(TOKENS.int()), "tokens is of type int32"),
+    "looks elsewhere": (refine(other=OTHER.to("meta")), "other is on meta, tokens on cpu"),
+    "an unknown mode": (refine(mode="max"), "mode = 'max' is not one of mean, softmax"),
     "no segments": (attend(segments=[]), "segments is empty"),
     "segments that are lengths": (attend(segments=[5, 5]), "must be a list of pairs"),
     "segments of three numbers": (attend(segments=[(2, 5, 1)]), "must be a list of pairs"),
@@ -91,7 +115,7 @@ def test_what_does_not_fit_is_refused(name, backend):
 
 def test_a_kernel_on_a_gpu_makes_ids_of_no_patch_show(monkeypatch):
     """Catches a read outside of the clip where nothing waits to check: there such a patch is NaN, and gives no gradient."""
-    monkeypatch.setattr(sys.modules["xkd_kernels.gather_patches"], "_check_ids", lambda *of: None)
+    monkeypatch.setattr(sys.modules["xkd_kernels.gather_patches"], "check_ids", lambda *of: None)
     clip = torch.randn(2, 3, 4, 32, 32, requires_grad=True)
     ids = torch.tensor([[0, 8], [-1, 3]])
     patches = X.gather_patches(clip, ids, PATCH, backend="triton")

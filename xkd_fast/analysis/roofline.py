@@ -206,6 +206,24 @@ def _gather(clip: Tensor, ids: Tensor, patch: Sequence[int], *rest: Any, out: Te
     return _moved([ids, out]) + patches_read(clip, ids.numel(), patch) + Cost(others=2 * out.numel())
 
 
+def _masked_patch_loss(predicted: Tensor, clip: Tensor, ids: Tensor, patch: Sequence[int], *rest: Any, out: Any) -> Cost:
+    """Targets are made of what is read: normalised, summed and centred, squared and summed, scaled; then the error."""
+    return _moved([predicted, ids, out]) + patches_read(clip, ids.numel(), patch) + Cost(others=12 * predicted.numel())
+
+
+def _masked_patch_loss_backward(
+    gradient: Tensor, predicted: Tensor, clip: Tensor, ids: Tensor, averages: Tensor, inverse_deviations: Tensor,
+    patch: Sequence[int], *rest: Any, out: Any,
+) -> Cost:  # fmt: skip
+    moved = _moved([gradient, predicted, ids, averages, inverse_deviations, out])
+    return moved + patches_read(clip, ids.numel(), patch) + Cost(others=7 * predicted.numel())
+
+
+def _refine(tokens: Tensor, own: Tensor, other: Tensor, mode: str, *, out: Any) -> Cost:
+    """Every token into two sums; every look into a head's mean, and once more into a weight."""
+    return _moved([tokens, own, other, out]) + Cost(others=3 * tokens.numel() + 6 * own.numel() + other.numel())
+
+
 def patches_read(clip: Tensor, count: int, patch: Sequence[int]) -> Cost:
     """What reading ``count`` patches of a clip costs, on average over where they lie.
 
@@ -258,4 +276,7 @@ OPERATORS: dict[str, Callable[..., Cost]] = {
     "xkd_kernels.unit_rows_backward": _elementwise(7),
     "xkd_kernels.mmd_loss": _mmd,
     "xkd_kernels.mmd_loss_backward": _mmd_backward,
+    "xkd_kernels.masked_patch_loss": _masked_patch_loss,
+    "xkd_kernels.masked_patch_loss_backward": _masked_patch_loss_backward,
+    "xkd_kernels.refine": _refine,
 }

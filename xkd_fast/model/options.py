@@ -126,6 +126,10 @@ class VideoOptions:
         """Numbers in one patch."""
         return self.patch_frames * self.patch_size * self.patch_size * self.channels
 
+    def affine(self, *, is_raw: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation by which a view's pixels are still to be normalised; of 8-bit (raw) pixels alone."""
+        return (self.pixel_mean, self.pixel_std) if is_raw else ((), ())
+
 
 @dataclass(frozen=True)
 class AudioOptions:
@@ -182,6 +186,10 @@ class AudioOptions:
     def patch_numbers(self) -> int:
         """Numbers in one patch."""
         return self.patch_bins * self.patch_frames
+
+    def affine(self, *, is_raw: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """None: spectrograms are taken as they are."""
+        return (), ()
 
 
 def _check_transformer(key: str, width: int, depth: int, heads: int) -> None:
