@@ -5,8 +5,8 @@ A technique that is left out is computed the reference's way, at the same place,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +26,18 @@ from xkd_fast.model.tokens import embed
 from xkd_fast.objective.losses import Distilled, Losses
 from xkd_fast.reference import MODALITIES, Decoder, Network
 
+Functions = tuple[tuple[Any, str, Callable[..., Any]], ...]
+"""(module, name, what it is replaced by)"""
+
+
+@contextmanager
+def replaced(functions: Functions) -> Iterator[None]:
+    """Call others in place of some functions."""
+    with ExitStack() as stack:
+        for module, name, function in functions:
+            stack.enter_context(patch.object(module, name, function))
+        yield
+
 
 class Altered(Fast):
     """A fast model of another class, with functions that its forward pass calls replaced.
@@ -33,12 +45,12 @@ class Altered(Fast):
     Attributes:
         changes: options that differ.
         model_class: of the model.
-        functions: (module, name, what it is replaced by).
+        functions: what its forward pass calls others in place of.
     """
 
     changes: Mapping[str, Any] = {}
     model_class: type[xkd.XKD] = xkd.XKD
-    functions: tuple[tuple[Any, str, Callable[..., Any]], ...] = ()
+    functions: Functions = ()
 
     def build(self, options: ModelOptions) -> reference.XKD:
         """The fast model, changed."""
@@ -46,9 +58,7 @@ class Altered(Fast):
 
         class Patched(self.model_class):  # type: ignore[name-defined, misc]
             def forward(self, views: Views, masks: MaskNoise | None = None) -> Losses:
-                with ExitStack() as stack:
-                    for module, name, function in functions:
-                        stack.enter_context(patch.object(module, name, function))
+                with replaced(functions):
                     return super().forward(views, masks)
 
         model = super().build(replace(options, **self.changes))
