@@ -11,6 +11,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
+# two contestants share the allocator, and what one has freed must serve the other
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 python=${PYTHON:-python3}
 begun=$(date +%s)
 
@@ -25,7 +27,7 @@ fi
 command -v "$python" >/dev/null || { echo "error: PYTHON=$python is not found" >&2; exit 2; }
 "$python" -c 'import torch, triton, pytest' 2>/dev/null || { echo "error: $python lacks torch, Triton or pytest" >&2; exit 2; }
 
-tests=(tests/model/test_fast_model.py tests/model/test_graphs.py tests/model/test_attention.py)
+tests=(tests/model/test_fast_model.py tests/model/test_attention.py tests/model/test_graphs.py)
 if [[ "${1:-}" == --smoke ]] || ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     XKD_BENCHMARK_RESULTS=$(mktemp -d)
     export XKD_BENCHMARK_RESULTS
@@ -36,8 +38,8 @@ if [[ "${1:-}" == --smoke ]] || ! "$python" -c 'import sys, torch; sys.exit(not 
     within() { "${@:2}"; }
 else
     [[ "${1:-}" != --tune ]] || tests=()
-    # test_resources and test_native compile for GPUs that are not here
-    tests+=(tests/model/test_kernels.py tests/kernels --ignore=tests/kernels/test_{resources,native}.py)
+    # the kernels first; test_resources and test_native compile for GPUs that are not here
+    tests=(tests/kernels tests/model/test_kernels.py "${tests[@]}" --ignore=tests/kernels/test_{resources,native}.py)
     flags=(--benchmark) seconds=${XKD_BENCHMARK_SECONDS:-420}
     # SECONDS COMMAND...: interrupted when so many seconds have passed since the start
     within() {

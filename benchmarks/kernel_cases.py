@@ -16,7 +16,9 @@ from xkd_kernels.segments import Runs
 
 HEADS, WIDTH, HIDDEN = 12, 768, 3072
 DECODER_WIDTH, DECODER_HIDDEN = 384, 1536
+BOTTLENECK, PROTOTYPES = 256, 8192
 VIDEO_PATCH, AUDIO_PATCH = (4, 16, 16), (4, 16)
+GAMMAS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -156,6 +158,97 @@ def _gather(place: str, size: tuple[int, ...], patch: tuple[int, ...], keep: int
     )
 
 
+def _distillation_loss(place: str, prototypes: int) -> Case:
+    def inputs(clips: int, device: torch.device) -> list[Tensor]:
+        student = torch.randn(2 * clips, prototypes, device=device, requires_grad=True)
+        temperature = torch.full((), 0.07, dtype=torch.float64, device=device)
+        return [student, torch.randn(clips, prototypes, device=device), torch.zeros(1, prototypes, device=device), temperature]
+
+    return Case(
+        f"distillation_loss, {place}",
+        torch.float32,
+        str(prototypes),
+        inputs,
+        lambda backend, *x: kernels.distillation_loss(*x, 0.1, backend=backend).loss,
+        lambda *x: kernels.naive_distillation_loss(*x, 0.1).loss,
+    )
+
+
+def _unit_rows(place: str, rows: int, width: int) -> Case:
+    def inputs(clips: int, device: torch.device) -> list[Tensor]:
+        x = torch.randn(rows, width, device=device, requires_grad=True)
+        return [x, torch.ones(rows, 1, device=device)]
+
+    return Case(
+        f"unit_rows, {place}",
+        torch.float32,
+        str(width),
+        inputs,
+        lambda backend, *x: kernels.unit_rows(*x, dtype=torch.bfloat16, backend=backend),
+        lambda *x: kernels.naive_unit_rows(*x, dtype=torch.bfloat16),
+    )
+
+
+def _mmd(place: str, rows: int, *, trained: bool, width: int = PROTOTYPES, dtype: torch.dtype = torch.float32) -> Case:
+    def inputs(clips: int, device: torch.device) -> list[Tensor]:
+        return [torch.randn(clips * rows, width, dtype=dtype, device=device, requires_grad=trained) for _ in range(2)]
+
+    return Case(
+        f"mmd_loss, {place}",
+        dtype,
+        str(width),
+        inputs,
+        lambda backend, x, y: kernels.mmd_loss(x, y, GAMMAS, backend=backend),
+        lambda x, y: kernels.naive_mmd_loss(x, y, GAMMAS),
+    )
+
+
+def _masked_patch_loss(
+    place: str, size: tuple[int, ...], patch: tuple[int, ...], masked: int, total: int, dtype: torch.dtype = torch.bfloat16
+) -> Case:
+    video = len(size) == 4
+    affine = (PIXEL_MEAN, PIXEL_STD) if video else ((), ())
+    numbers = math.prod(patch) * (size[-1] if video else 1)
+
+    def inputs(clips: int, device: torch.device) -> list[Tensor]:
+        predicted = torch.randn(clips, masked, numbers, device=device).to(dtype).requires_grad_()
+        ids = torch.rand(clips, total, device=device).argsort(dim=1)[:, total - masked :]
+        if video:
+            frames = torch.randint(256, (clips, *size), dtype=torch.uint8, device=device)
+            return [predicted, frames.permute(0, 4, 1, 2, 3), ids]
+        return [predicted, torch.randn(clips, 1, *size, device=device), ids]
+
+    return Case(
+        f"masked_patch_loss, {place}",
+        dtype,
+        str(numbers),
+        inputs,
+        lambda backend, *x: kernels.masked_patch_loss(*x, patch, *affine, backend=backend),
+        lambda *x: kernels.naive_masked_patch_loss(*x, patch, *affine),
+    )
+
+
+def _refine(place: str, patches: int, others: int, mode: str = "mean", width: int = WIDTH, heads: int = HEADS) -> Case:
+    """As the teachers' last block and norm leave them: tokens with CLS first, looks of each head at all clips' tokens."""
+
+    def looks(clips: int, patches: int, device: torch.device) -> Tensor:
+        of_tokens = torch.randn(heads, clips, 1 + patches, device=device).softmax(dim=-1)
+        return of_tokens.transpose(0, 1)[:, :, 1:]
+
+    def inputs(clips: int, device: torch.device) -> list[Tensor]:
+        tokens = torch.randn(clips, 1 + patches, width, device=device)[:, 1:]
+        return [tokens, looks(clips, patches, device), looks(clips, others, device)]
+
+    return Case(
+        f"refine, {place}",
+        torch.float32,
+        str(width),
+        inputs,
+        lambda backend, *x: kernels.refine(*x, mode, backend=backend),
+        lambda *x: kernels.naive_refine(*x, mode),
+    )
+
+
 CASES = (
     _attention("student video", (60, 73), 64, trained=True),
     _attention("student audio", (113, 141), 64, trained=True),
@@ -171,6 +264,14 @@ CASES = (
     _bias_gelu("decoder audio", 561, DECODER_HIDDEN),
     _gather("video of bytes", (32, 112, 112, 3), VIDEO_PATCH, 59, 392),
     _gather("spectrogram", (80, 448), AUDIO_PATCH, 112, 560),
+    _distillation_loss("one direction", PROTOTYPES),
+    _unit_rows("prototypes", PROTOTYPES, BOTTLENECK),
+    _mmd("students", 2, trained=True),
+    _mmd("teachers", 1, trained=False),
+    _masked_patch_loss("video of bytes", (32, 112, 112, 3), VIDEO_PATCH, 333, 392),
+    _masked_patch_loss("spectrogram", (80, 448), AUDIO_PATCH, 448, 560),
+    _refine("video", 392, 560),
+    _refine("audio", 560, 392),
 )
 
 # What the base model does not have but users may: other head widths, float32, a trained CLS attention, pixels with a gradient.
@@ -182,6 +283,13 @@ FURTHER = (
     _cls_attention("trained", 141, trained=True),
     _gather("trained pixels", (32, 112, 112, 3), VIDEO_PATCH, 59, 392, trained=True),
     _residual_layer_norm("large", 254, 1024),
+    _distillation_loss("65 536 prototypes", 65536),
+    _mmd("32 clips", 32, trained=True),  # the resources' two clips have as many rows as the students' 32
+    _mmd("128 clips", 128, trained=True),
+    _mmd("512 clips", 512, trained=True),
+    _mmd("half rows of 1000", 128, trained=True, width=1000, dtype=torch.bfloat16),
+    _masked_patch_loss("large patches", (8, 64, 64, 3), (4, 32, 32), 5, 8, torch.float32),
+    _refine("softmax, large", 392, 560, "softmax", 1024, 16),
 )
 
 # The same operators so small that the interpreter is soon done with them.
@@ -191,4 +299,11 @@ SMALL = (
     _residual_layer_norm("small", 7, 24),
     _bias_gelu("small", 7, 48),
     _gather("small video", (4, 32, 32, 3), VIDEO_PATCH, 2, 4),
+    _distillation_loss("small", 65),
+    _unit_rows("small", 9, 24),
+    _mmd("small", 3, trained=True, width=48),
+    _masked_patch_loss("small video", (4, 32, 32, 3), VIDEO_PATCH, 3, 4),
+    _masked_patch_loss("small spectrogram", (8, 64), AUDIO_PATCH, 5, 8),
+    _refine("small", 9, 5, width=24, heads=2),
+    _refine("small, softmax", 9, 5, "softmax", 24, 2),
 )

@@ -83,7 +83,7 @@ class Passes:
         self.leaves = [x for x in inputs if x.requires_grad]
         generator = torch.Generator(DEVICE).manual_seed(0)
         shaped = [(x.shape, x.dtype) for x in self.outputs]
-        self.gradients = [torch.randn(*shape, generator=generator, device=DEVICE).to(dtype) for shape, dtype in shaped]
+        self.gradients = [torch.randn(shape, generator=generator, device=DEVICE).to(dtype) for shape, dtype in shaped]
 
     def forward(self) -> tuple[Tensor, ...]:
         """The operator's results."""

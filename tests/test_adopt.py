@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import adopt, record, test_kernels, timing, tuning
 from benchmarks.kernel_cases import CASES, FURTHER, SMALL
+from xkd_fast.model import switches
 from xkd_kernels import backends, configurations
 from xkd_kernels.configurations import Launch
 
@@ -184,3 +185,18 @@ def test_the_compiled_optimiser_is_the_default_where_it_beats_every_rival(
     (tmp_path / "kernels_cuda.json").write_text(json.dumps({"gpu": "H", "rows": [row("3072", fused=(1.0,), naive=(2.0,))]}))
     table = adopt.tables(tmp_path)[backends.MEASURED]
     assert table == {"H": {"bias_gelu": {"bfloat16": {"3072": "triton"}}, "adamw_ema": {"float32": {"": winner}}}}
+
+
+def test_the_switches_of_the_fastest_step_are_the_default(tmp_path: Path) -> None:
+    """Red if a rival's model counts, a gain within noise is taken, or batch sizes, variants or devices mix."""
+
+    def row(clips: int, **seconds: float) -> dict[str, Any]:
+        names = {"reference": "reference", "graph": "fast + cuda_graph", "both": "fast + teacher_stream + cuda_graph"}
+        return {"clips": clips, "fast_against": {names[name]: {"median": time} for name, time in seconds.items()}}
+
+    rows = [row(32, reference=0.5, graph=0.8, both=0.7), row(128, reference=3.0, graph=0.99, both=1.1), row(64)]
+    result = {"gpu": "H", "precision": "bfloat16", "rows": rows}
+    (tmp_path / "step_cuda_xkd_bfloat16.json").write_text(json.dumps(result))
+    (tmp_path / "step_cuda_mas_bfloat16.json").write_text(json.dumps({**result, "gpu": "other"}))
+    table = adopt.tables(tmp_path)[switches.MEASURED]
+    assert table == {"H": {"bfloat16": {"32": ["teacher_stream", "cuda_graph"], "128": [], "64": []}}}

@@ -168,15 +168,48 @@ def test_contestants_begin_alike() -> None:
         assert model.video_teacher.encoder.blocks is model.audio_teacher.encoder.blocks
 
 
-def test_another_error_ends_the_run() -> None:
-    """Red if a broken contestant passes for one that does not fit."""
+def test_another_error_is_told_and_costs_nobody_else_a_figure() -> None:
+    """Red if a broken contestant passes for one that does not fit, hides, or takes the others' figures with it."""
 
     class Broken(Fast):
         def step(self, *_: object) -> torch.Tensor:
             raise RuntimeError("shapes do not match")
 
+    contest, _ = case({"broken": Broken, "reference": Released})
+    assert contest.row["seconds"]["broken"] == {"failed": "RuntimeError: shapes do not match"}
+    assert contest.row["fast_against"].keys() == {"reference"} and contest.row["costs"].keys() == {
+        "reference",
+        "strong",
+        "fast",
+    }
+    assert race.untimed(contest.row) == {"broken": "failed (RuntimeError: shapes do not match)"}
+    (error,) = contest.errors
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        case({"broken": Broken})
+        raise error
+
+
+def test_a_loss_scale_settles_before_the_first_timed_step() -> None:
+    """Red if steps that are left out for an overflow, which take less time, are timed."""
+
+    class Scaled(Fast):
+        steps = 0
+
+        def step(self, *batch: object) -> torch.Tensor:
+            self.steps += 1
+            return super().step(*batch)
+
+        def loss_scale(self) -> float:
+            return 2.0 ** -min(self.steps, 5)
+
+    entrants: list[Scaled] = []
+
+    def make() -> Scaled:
+        entrants.append(Scaled(model_options("xkd", tiny=True), CPU, torch.float32))
+        return entrants[-1]
+
+    contest = race.Race(model_options("xkd", tiny=True), CPU, torch.float32, 2)
+    race.Entrant(make, CPU, contest._views, contest._masks)
+    assert entrants[0].steps == 6
 
 
 def test_batches_are_named() -> None:

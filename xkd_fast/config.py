@@ -286,7 +286,7 @@ class Config:
         require(self.output != "", "output is empty; it must name a folder")
         check_against_model(self.data, self.mel, self.model)
         require(
-            not (self.train.zero_stage == 3 and self.model.cuda_graph),
+            not (self.train.zero_stage == 3 and self.model.cuda_graph is True),
             "model.cuda_graph = true records weights at fixed places, which train.zero_stage = 3 does not keep; set "
             "model.cuda_graph=false, or a lower train.zero_stage",
         )

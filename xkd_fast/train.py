@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from xkd_fast.engine.engine import Engine
     from xkd_fast.engine.reporter import Reporter, StepCost
     from xkd_fast.engine.schedule import Schedule
+    from xkd_fast.model.options import ModelOptions
 
 TELLING = 2.0  # seconds that the first rank has to tell an error, before the launcher ends all ranks for another's end
 
@@ -134,12 +135,13 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
             f"{config.output} holds checkpoints of an earlier run; go on with --resume auto, name another output, or delete it"
         )
     config.train.accumulation(world_size)  # refuses a batch that does not divide, before hours go into rendering
-    first_rank_first(lambda: make_ready(config))
+    model_options, switches = settle(config, world_size)
+    first_rank_first(lambda: make_ready(config, model_options))
 
     stop = StopSignal(launchers)
     pipeline = ViewPipeline.from_config(config, ShardSet.open(training_shards(config)), dist.get_rank(), world_size)
     schedule = Schedule(config, pipeline.sampler.steps_per_epoch)
-    engine = Engine(build_model(config.model, seed=config.seed), config, deepspeed)
+    engine = Engine(build_model(model_options, seed=config.seed), config, deepspeed)
     state = TrainState.start(config, pipeline.shards, world_size=world_size)
     if path is not None:
         state = checkpoints.load(engine, path, state, config)
@@ -148,7 +150,7 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
     last_step = min(schedule.total_steps, config.train.stop_after_steps or schedule.total_steps)
     record = MemoryRecord(Path(config.output), config.log.memory_snapshot, engine.device)
     with pipeline, record, Reporter(config, engine, state, schedule, step_cost(config, engine)) as reporter:
-        reporter.say(describe(config, engine, world_size, pipeline, schedule, path))
+        reporter.say(describe(config, engine, world_size, pipeline, schedule, switches, path))
         batches = timed(pipeline.batches(*divmod(state.batches, schedule.steps_per_epoch)), reporter)
         while state.step < last_step and not stop.agreed:
             moment = schedule.at(state.step)
@@ -171,6 +173,18 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
             if checkpoints.due(state.step) or state.step == last_step or stop.agreed:
                 reporter.check_savable(state.step)
                 reporter.say(f"checkpoint {checkpoints.save(engine, state, config)}")
+
+
+def settle(config: Config, world_size: int) -> tuple[ModelOptions, list[str]]:
+    """The model's options without an ``auto`` among its switches, and why they are as they are."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    from xkd_fast.model.switches import obstacles_of, settled
+
+    train, device = config.train, torch.device(get_accelerator().current_device_name())
+    obstacles = obstacles_of(config.model, train.zero_stage)
+    return settled(config.model, device, train.precision, train.clips_per_pass(world_size), obstacles=obstacles)
 
 
 def step_cost(config: Config, engine: Engine) -> StepCost:
@@ -213,7 +227,7 @@ def training_shards(config: Config) -> list[Path]:
     return [Path(config.data.demo.shards) / "train"]
 
 
-def make_ready(config: Config) -> None:
+def make_ready(config: Config, model: ModelOptions) -> None:
     """The first rank's part before all others start: what is asked of this machine, and the demo's data where it is missing."""
     from rich.console import Console
 
@@ -225,17 +239,23 @@ def make_ready(config: Config) -> None:
 
     if config.log.wandb:
         require_wandb()
-    if config.model.implementation == "fast":
-        choose(config.model.attention)
-        require_kernels(config.model.kernels)
-    if config.model.compile:
+    if model.implementation == "fast":
+        choose(model.attention)
+        require_kernels(model.kernels)
+    if model.compile is True:
         require_compiler()
     if not config.data.train:
         ensure_rendered(config, Console(), workers=os.cpu_count() or 1)
 
 
 def describe(
-    config: Config, engine: Engine, world_size: int, pipeline: ViewPipeline, schedule: Schedule, resumed: Path | None
+    config: Config,
+    engine: Engine,
+    world_size: int,
+    pipeline: ViewPipeline,
+    schedule: Schedule,
+    switches: list[str],
+    resumed: Path | None,
 ) -> str:
     """What is about to happen, in a few lines."""
     import torch
@@ -249,7 +269,7 @@ def describe(
     choices: list[str] = []
     if attention:
         where = (model, engine.device, getattr(torch, train.precision))
-        choices = [*attention_described(attention, *where), *described(*where)]
+        choices = [*attention_described(attention, *where), *described(*where), *switches]
     machine = f"{world_size} × {engine.device.type}, {train.precision}, ZeRO {train.zero_stage}"
     lines = [
         f"{model.variant} ({model.implementation}) on {machine}",

@@ -27,7 +27,19 @@ from xkd_kernels import native
 
 BACKENDS = ("auto", "triton", "native", "torch")
 NATIVE = ("adamw_ema",)  # operators written in C++ and CUDA; the others are Triton's
-OPERATORS = ("packed_attention", "cls_attention", "residual_layer_norm", "bias_gelu", "gather_patches", *NATIVE)
+OPERATORS = (
+    "packed_attention",
+    "cls_attention",
+    "residual_layer_norm",
+    "bias_gelu",
+    "gather_patches",
+    "distillation_loss",
+    "unit_rows",
+    "mmd_loss",
+    "masked_patch_loss",
+    "refine",
+    *NATIVE,
+)
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as the kernels were loaded; changing it later changes nothing
 RIVALS = {  # who may be the fastest and is no backend: what ``measured.json`` calls them, and what they are
     "compiled": "torch.compile of its twin",

@@ -39,10 +39,15 @@ def require_one_device(**tensors: Tensor) -> None:
 
 def require_no_tangent(*tensors: Tensor) -> None:
     """Raise ``NotImplementedError`` under forward-mode differentiation, which a kernel would leave out without a word."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor.is_floating_point()):
+    if has_tangent(*tensors):
         raise NotImplementedError("the kernels differentiate backward only; for forward mode take backend='torch'")
+
+
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether any is being differentiated forward; never in a compiled program."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor.is_floating_point())
 
 
 def whole_number(value: object) -> int:

@@ -76,11 +76,40 @@ def _rows(dtype: torch.dtype, width: int) -> Launch:
 
 
 def _columns(dtype: torch.dtype, width: int) -> Launch:
+    """Wide enough for whole sectors; rows are what the weighted ones that pass by are read once for."""
     return Launch({"ROWS": 8, "COLUMNS": 256}, warps=4)
 
 
 def _patches(dtype: torch.dtype, numbers: int) -> Launch:
     return Launch({"BLOCK": min(1024, max(16, 1 << (numbers - 1).bit_length()))}, warps=4)
+
+
+def _prototypes_online(dtype: torch.dtype, prototypes: int) -> Launch:
+    block = min(2048, max(256, 1 << (prototypes - 1).bit_length()))
+    return Launch({"BLOCK": block, "COLUMNS": 128}, warps=8)
+
+
+def _prototypes(dtype: torch.dtype, prototypes: int) -> Launch:
+    return Launch({"BLOCK": min(1024, max(128, 1 << (prototypes - 1).bit_length()))}, warps=4)
+
+
+def _pairs_of_rows(dtype: torch.dtype, rows: int, width: int) -> Launch:
+    """Tiles of pairs, small enough that 132 processors have one each; all with 64 sums in a thread's registers."""
+    tile, block, warps, stages = (4, 512, 4, 2) if rows <= 64 else (8, 256, 8, 2) if rows <= 128 else (16, 32, 4, 2)
+    return Launch({"TILE": tile, "BLOCK": min(block, 1 << (width - 1).bit_length())}, warps=warps, stages=stages)
+
+
+def _pull_of_rows(dtype: torch.dtype, rows: int, width: int) -> Launch:
+    return Launch({"ROWS": 8 if rows <= 64 else 16, "STEP": 8, "BLOCK": min(128, 1 << (width - 1).bit_length())}, warps=4)
+
+
+def _whole_patches(dtype: torch.dtype, numbers: int) -> Launch:
+    block = 1 << (numbers - 1).bit_length()
+    return Launch({"ROWS": max(1, 2048 // block)}, warps=min(16, max(4, block // 1024)))
+
+
+def _refine(dtype: torch.dtype, width: int) -> Launch:
+    return Launch({"TOKENS": max(1, 8192 >> (width - 1).bit_length()), "COLUMNS": 128, "STAGES": 3}, warps=16)
 
 
 DEFAULTS: dict[str, Callable[..., Launch]] = {
@@ -95,6 +124,16 @@ DEFAULTS: dict[str, Callable[..., Launch]] = {
     "bias_gelu_backward": _columns,
     "gather_patches_forward": _patches,
     "gather_patches_backward": _patches,
+    "distillation_loss_forward": _prototypes_online,
+    "distillation_loss_backward": _prototypes,
+    "unit_rows_forward": _rows,
+    "unit_rows_backward": _rows,
+    "mmd_loss_forward": _pairs_of_rows,
+    "mmd_loss_backward_weights": _pairs_of_rows,
+    "mmd_loss_backward_gradient": _pull_of_rows,
+    "masked_patch_loss_forward": _whole_patches,
+    "masked_patch_loss_backward": _whole_patches,
+    "refine_forward": _refine,
 }
 
 

@@ -82,6 +82,22 @@ def test_what_our_operators_cost() -> None:
     assert (looks.bytes, looks.sectors) == (expected.bytes, expected.sectors)
 
 
+def test_what_objectives_and_refinement_cost() -> None:
+    """Red if targets are counted as written, CLS tokens as read, or the backward pass does not read the clip again."""
+    count, numbers = 4 * 8, 64
+    with FakeTensorMode():
+        predicted = torch.empty(4, 8, numbers, dtype=HALF, requires_grad=True)
+        clip, ids = torch.empty(4, 1, 16, 64), torch.empty(4, 8, dtype=torch.int64)
+        with Traffic() as traffic:
+            kernels.masked_patch_loss(predicted, clip, ids, (4, 16), backend="triton").backward()
+        looks = [torch.empty(4, 2, patches) for patches in (16, 24)]
+        refined = cost(lambda: kernels.refine(torch.empty(4, 17, 32)[:, 1:], *looks, backend="triton"))
+    once = count * (numbers * (2 + 4) + 8 + 2 * 4) + 4  # predictions, patches, ids, two numbers of each patch; the loss
+    assert traffic.costs["xkd_kernels.masked_patch_loss"].bytes == once
+    assert traffic.costs["xkd_kernels.masked_patch_loss_backward"].bytes == once + count * numbers * 2
+    assert refined.bytes == 4 * 4 * (16 * 32 + 2 * 16 + 2 * 24 + 32 + 16)
+
+
 def test_backward_passes_of_our_operators() -> None:
     """Red if the gradient, what was kept, or a result is left out, or an attention product is."""
     rows, size, lengths = 320, 32, [(1, 320)]

@@ -16,6 +16,8 @@ PATCH = (2, 16, 16)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 QKV = torch.randn(10, 3, 2, 16, device=DEVICE)
 ROWS, ONES, ZEROS = torch.randn(4, 8, device=DEVICE), torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
+PREDICTED = torch.zeros(2, 2, 1536, device=DEVICE)
+TOKENS, OWN, OTHER = (torch.zeros(shape, device=DEVICE) for shape in ((2, 7, 8), (2, 3, 7), (2, 3, 5)))
 
 
 def gather(clip=CLIP, ids=IDS, patch=PATCH, **more):
@@ -28,6 +30,18 @@ def attend(qkv=QKV, segments=((2, 5),)):
 
 def norm(x=ROWS, branch=ROWS, weight=ONES, bias=ZEROS, eps=1e-5, **more):
     return lambda backend: X.residual_layer_norm(x, branch, weight, bias, eps, backend=backend, **more)
+
+
+def compare(x=ROWS, y=ROWS, gammas=(0.1, 1.0)):
+    return lambda backend: X.mmd_loss(x, y, gammas, backend=backend)
+
+
+def patch_loss(predicted=PREDICTED, clip=CLIP, ids=IDS, patch=PATCH, **more):
+    return lambda backend: X.masked_patch_loss(predicted, clip, ids, patch, backend=backend, **more)
+
+
+def refine(tokens=TOKENS, own=OWN, other=OTHER, mode="mean"):
+    return lambda backend: X.refine(tokens, own, other, mode, backend=backend)
 
 
 WRONG = {
@@ -50,6 +64,20 @@ WRONG = {
     "a result of integers": (gather(dtype=torch.uint8), "dtype = uint8"),
     "a deviation of nothing": (gather(mean=MEAN, std=(0.0, 1.0, 1.0)), "each above 0"),
     "a deviation of NaN": (gather(mean=MEAN, std=(float("nan"), 1.0, 1.0)), "each above 0"),
+    "predicted ids beyond the last patch": (patch_loss(ids=IDS + 1), "."),
+    "predicted ids below the first": (patch_loss(ids=IDS - 1), "."),
+    "predictions of other patches": (patch_loss(ids=IDS[:, :1]), r"predicted has the shape \[2, 2, 1536\]"),
+    "predictions of integers": (patch_loss(PREDICTED.int()), "predicted is of type int32"),
+    "predictions elsewhere": (patch_loss(PREDICTED.to("meta")), f"clip is on {DEVICE}.*, predicted on meta"),
+    "predicted patches that do not fit": (patch_loss(patch=(3, 16, 16)), "does not divide"),
+    "predicted channels without a mean": (patch_loss(mean=(0.5,), std=(0.5,)), "of a clip with 3 channels"),
+    "a patch of one number": (patch_loss(PREDICTED[..., :1], CLIP[:, :1], patch=(1, 1, 1)), "has no variance"),
+    "looks at other patches": (refine(own=OWN[..., 1:]), r"but \[B, N, D\], \[B, h, N\] and \[B, h, M\]"),
+    "looks of other heads": (refine(other=OTHER[:, 1:]), "are wanted"),
+    "no tokens": (refine(TOKENS[:, :0], OWN[..., :0]), "are wanted"),
+    "tokens of integers": (refine(TOKENS.int()), "tokens is of type int32"),
+    "looks elsewhere": (refine(other=OTHER.to("meta")), f"other is on meta, tokens on {DEVICE}"),
+    "an unknown mode": (refine(mode="max"), "mode = 'max' is not one of mean, softmax"),
     "no segments": (attend(segments=[]), "segments is empty"),
     "segments that are lengths": (attend(segments=[5, 5]), "must be a list of pairs"),
     "segments of three numbers": (attend(segments=[(2, 5, 1)]), "must be a list of pairs"),
@@ -65,6 +93,15 @@ WRONG = {
     "rows of nothing": (norm(*[ROWS[:, :0]] * 2, ONES[:0], ZEROS[:0]), "rows of at least 1 number"),
     "a bias elsewhere": (lambda backend: X.bias_gelu(ROWS, ZEROS.to("meta"), backend=backend), "bias is on meta"),
     "a GELU of integers": (lambda backend: X.bias_gelu(ROWS.int(), ZEROS, backend=backend), "h is of type int32"),
+    "rows of another width": (compare(y=ROWS[:, :7]), r"the shapes \[4, 8\] and \[4, 7\]"),
+    "no rows to compare": (compare(y=ROWS[:0]), r"\[0, 8\], but \[n, K\] and \[m, K\], each at least 1"),
+    "rows with a batch": (compare(x=ROWS[None], y=ROWS[None]), r"\[1, 4, 8\]"),
+    "integers to compare": (compare(x=ROWS.int(), y=ROWS.int()), "x is of type int32"),
+    "rows of two types": (compare(y=ROWS.bfloat16()), "of the types float32 and bfloat16"),
+    "rows elsewhere": (compare(y=ROWS.to("meta")), f"y is on meta, x on {DEVICE}"),
+    "no kernels": (compare(gammas=()), r"gammas = \[\] must be a list of at least one number"),
+    "a kernel that grows": (compare(gammas=(1.0, -0.1)), "each above 0"),
+    "a kernel of NaN": (compare(gammas=(float("nan"),)), "each above 0"),
 }
 
 
@@ -81,7 +118,7 @@ def test_what_does_not_fit_is_refused(name, backend):
 
 def test_a_kernel_on_a_gpu_makes_ids_of_no_patch_show(monkeypatch):
     """Catches a read outside of the clip where nothing waits to check: there such a patch is NaN, and gives no gradient."""
-    monkeypatch.setattr(sys.modules["xkd_kernels.gather_patches"], "_check_ids", lambda *of: None)
+    monkeypatch.setattr(sys.modules["xkd_kernels.gather_patches"], "check_ids", lambda *of: None)
     clip = torch.randn(2, 3, 4, 32, 32, device=DEVICE, requires_grad=True)
     ids = torch.tensor([[0, 8], [-1, 3]], device=DEVICE)
     patches = X.gather_patches(clip, ids, PATCH, backend="triton")
@@ -116,6 +153,7 @@ def test_autocast_changes_no_type(backend):
         assert X.packed_attention(QKV, [(2, 5)], backend=backend).dtype == torch.float32
         assert X.cls_attention(QKV, [(2, 5)], backend=backend).dtype == torch.float32
         assert X.bias_gelu(ROWS, ZEROS, backend=backend).dtype == torch.float32
+        assert compare()(backend).dtype == torch.float32
 
 
 def test_forward_mode_is_refused_by_kernels():

@@ -13,12 +13,12 @@ FACTORIES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "rand
 
 
 def without_device(source: str) -> list[int]:
-    """Lines that make a tensor in a statement that names no device: it would be the host's, which no kernel takes on a GPU."""
+    """Where tensors are made by a function, or a statement outside of any, that names no device: it would be the host's."""
     found = []
-    for statement in ast.walk(ast.parse(source)):
-        if isinstance(statement, ast.stmt):
-            inner = [x for x in ast.iter_child_nodes(statement) if not isinstance(x, ast.stmt)]
-            nodes = [node for part in inner for node in ast.walk(part)]
+    for part in ast.parse(source).body:
+        defaults = ast.walk(part.args) if isinstance(part, ast.FunctionDef) else ()
+        for nodes in (defaults, [node for x in getattr(part, "body", [part]) for node in ast.walk(x)]):
+            nodes = list(nodes)
             makes = [x for x in nodes if isinstance(x, ast.Call) and ast.unparse(x.func) in {f"torch.{n}" for n in FACTORIES}]
             told = {x.arg for x in nodes if isinstance(x, ast.keyword)} | {x.id for x in nodes if isinstance(x, ast.Name)}
             told |= {x.attr for x in nodes if isinstance(x, ast.Attribute)}
@@ -37,4 +37,5 @@ def test_the_rule_sees_what_it_is_for():
     """Catches a rule that lets everything pass."""
     good = "y = torch.ones(2, device=device)", "def f(z):\n    return torch.zeros(2).to(DEVICE)", "torch.empty(2).to(y.device)"
     assert all(without_device(source) == [] for source in good)
-    assert without_device("device = 1\nx = torch.zeros(2)\ndef f(device, z=torch.randn(3)):\n    pass") == [2, 3]
+    assert without_device("device = 1\nx = torch.zeros(2)\ndef f(device, z=torch.randn(3)):\n    z.to(device)") == [2, 3]
+    assert without_device("def f(device):\n    torch.zeros(2)") == [2]

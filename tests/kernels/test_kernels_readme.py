@@ -18,7 +18,8 @@ def test_example_runs():
     (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names: dict = {}
     exec(example, names)
-    shapes = {name: tuple(names[name].shape) for name in ("mixed", "looks", "total", "normalised", "activated", "patches")}
+    results = ("mixed", "looks", "total", "normalised", "activated", "patches", "error", "pooled", "weights")
+    shapes = {name: tuple(names[name].shape) for name in results}
     assert shapes == {
         "mixed": (532, 768),
         "looks": (12, 532),
@@ -26,6 +27,9 @@ def test_example_runs():
         "normalised": (532, 768),
         "activated": (532, 3072),
         "patches": (2, 59, 3072),
+        "error": (),
+        "pooled": (4, 768),
+        "weights": (4, 59),
     }
     named = {name.removeprefix("naive_") for name in xkd_kernels.__all__ if name.startswith("naive_")}
     operators = {name if name in xkd_kernels.__all__ else f"{name}_" for name in named}  # those that write in place

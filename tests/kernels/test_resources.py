@@ -24,7 +24,7 @@ NO_SPILL = [
 def resources() -> list[dict]:
     """Of all kernels at all capabilities; compiled by another process, since this one interprets them."""
     command = [sys.executable, "-m", "benchmarks.resources", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -212,7 +212,7 @@ def profile(
     for name, value in (("--clips", clips), ("--steps", steps)):
         if value < 1:
             raise UserError(f"{name} {value} must be 1 or more")
-    if config.model.cuda_graph:
+    if config.model.cuda_graph is True:
         raise UserError("model.cuda_graph = true hides the parts of the step that a profile tells apart; set it to false")
     wanted = config.train.device
     device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
@@ -220,7 +220,7 @@ def profile(
         raise UserError("train.device = cuda, but no GPU is found; set train.device=auto or cpu")
     if nvtx and device.type == "cpu":
         raise UserError("--nvtx marks ranges for Nsight Systems, which needs a GPU; leave it out, or use --trace")
-    if config.model.compile:
+    if config.model.compile is True:
         require_compiler()
     torch.manual_seed(config.seed)
     try:

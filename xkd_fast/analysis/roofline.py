@@ -232,6 +232,24 @@ def _gather_backward(gradient: Tensor, ids: Tensor, clip: Tensor, patch: Sequenc
     return _moved([gradient, ids]) + _whole(sums) + added + added + cast + Cost(others=2 * gradient.numel())
 
 
+def _masked_patch_loss(predicted: Tensor, clip: Tensor, ids: Tensor, patch: Sequence[int], *rest: Any, out: Any) -> Cost:
+    """Targets are made of what is read: normalised, summed and centred, squared and summed, scaled; then the error."""
+    return _moved([predicted, ids, out]) + patches_read(clip, ids.numel(), patch) + Cost(others=12 * predicted.numel())
+
+
+def _masked_patch_loss_backward(
+    gradient: Tensor, predicted: Tensor, clip: Tensor, ids: Tensor, averages: Tensor, inverse_deviations: Tensor,
+    patch: Sequence[int], *rest: Any, out: Any,
+) -> Cost:  # fmt: skip
+    moved = _moved([gradient, predicted, ids, averages, inverse_deviations, out])
+    return moved + patches_read(clip, ids.numel(), patch) + Cost(others=7 * predicted.numel())
+
+
+def _refine(tokens: Tensor, own: Tensor, other: Tensor, mode: str, *, out: Any) -> Cost:
+    """Every token into two sums; every look into a head's mean, and once more into a weight."""
+    return _moved([tokens, own, other, out]) + Cost(others=3 * tokens.numel() + 6 * own.numel() + other.numel())
+
+
 def patches_read(clip: Tensor, count: int, patch: Sequence[int]) -> Cost:
     """What reading ``count`` patches of a clip costs, on average over where they lie.
 
@@ -254,6 +272,21 @@ def patches_read(clip: Tensor, count: int, patch: Sequence[int]) -> Cost:
     return Cost(count * numbers * size, round(each * runs))
 
 
+def _mmd(x: Tensor, y: Tensor, gammas: Sequence[float], *, out: Tensor) -> Cost:
+    """Of every pair of rows once: for each number a difference and its square added."""
+    rows = len(x) + len(y)
+    pairs = rows * (rows + 1) // 2
+    return _moved([x, y, out]) + Cost(others=pairs * (3 * x.shape[1] + 3 * len(gammas)))
+
+
+def _mmd_backward(gradient: Tensor, x: Tensor, y: Tensor, gammas: Sequence[float], of_x: bool, of_y: bool, *, out: Any) -> Cost:
+    """The distances of the pairs in which a wanted row takes part, and a weighted difference for each of the row's numbers."""
+    rows, wanted = len(x) + len(y), len(x) * of_x + len(y) * of_y
+    pairs = wanted * (wanted + 1) // 2 + wanted * (rows - wanted)
+    others = pairs * (3 * x.shape[1] + 4 * len(gammas)) + 3 * wanted * rows * x.shape[1]
+    return _moved([gradient, x, y, out]) + Cost(others=others)
+
+
 OPERATORS: dict[str, Callable[..., Cost]] = {
     "xkd_kernels.packed_attention": _attention,
     "xkd_kernels.packed_attention_backward": _attention_backward,
@@ -265,4 +298,13 @@ OPERATORS: dict[str, Callable[..., Cost]] = {
     "xkd_kernels.bias_gelu_backward": _elementwise(24),
     "xkd_kernels.gather_patches": _gather,
     "xkd_kernels.gather_patches_backward": _gather_backward,
+    "xkd_kernels.distillation_loss": _elementwise(24),
+    "xkd_kernels.distillation_loss_backward": _elementwise(12),
+    "xkd_kernels.unit_rows": _elementwise(4),
+    "xkd_kernels.unit_rows_backward": _elementwise(7),
+    "xkd_kernels.mmd_loss": _mmd,
+    "xkd_kernels.mmd_loss_backward": _mmd_backward,
+    "xkd_kernels.masked_patch_loss": _masked_patch_loss,
+    "xkd_kernels.masked_patch_loss_backward": _masked_patch_loss_backward,
+    "xkd_kernels.refine": _refine,
 }

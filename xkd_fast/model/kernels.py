@@ -58,9 +58,16 @@ def _questions(options: ModelOptions, dtype: torch.dtype) -> list[tuple[str, tor
     for width in (options.encoder.width, options.decoder.width):
         found["residual_layer_norm", torch.float32, str(width)] = None
         found["bias_gelu", dtype, str(int(width * options.mlp_ratio))] = None
+    found["refine", torch.float32, str(options.encoder.width)] = None
     for clip in (options.video, options.audio):
+        predicted = torch.float32 if options.decoder.width == clip.patch_numbers else dtype  # no product, the stream itself
+        found["masked_patch_loss", predicted, str(clip.patch_numbers)] = None
         kind = dtype if isinstance(clip, VideoOptions) else torch.float32  # of the result where the clip is 8-bit
         found["gather_patches", kind, str(clip.patch_numbers)] = None
         if options.cls_token:
             found["cls_attention", dtype, f"{shape_class(1 + clip.tokens)}x{head_width}"] = None
+    found["unit_rows", dtype, str(options.head.bottleneck)] = None  # of the head's vectors; of its prototypes:
+    found["unit_rows", torch.float32, str(options.head.bottleneck)] = None
+    found["mmd_loss", torch.float32, str(options.head.prototypes)] = None
+    found["distillation_loss", torch.float32, str(options.head.prototypes)] = None
     return list(found)

@@ -2,7 +2,7 @@
 
 What differs from ``reference.XKD``: only visible patches are gathered and embedded; all student tokens of a modality (in
 XKD-MAS and XKD-MATS of both) pass the blocks as one packed matrix; attention is fused; teachers keep no graph and never form
-an attention matrix; the decoder's last projections and the targets exist at masked positions only.
+an attention matrix; the decoder's last projections exist at masked positions only, the targets inside the loss alone.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from xkd_fast.model.autoencoder import decode_masked
 from xkd_fast.model.components import component
 from xkd_fast.model.graphs import RecordedPass, Recorder, record
 from xkd_fast.model.half import HalfCopy
+from xkd_fast.model.head import project
 from xkd_fast.model.kernels import require_kernels
 from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
 from xkd_fast.model.packing import Group, added, pack, unpack
 from xkd_fast.model.precision import as_written
-from xkd_fast.model.refine import refined_mean, refinement_weights
 from xkd_fast.model.streams import SideStream
-from xkd_fast.model.tokens import check_views, embed, gather_patches
+from xkd_fast.model.tokens import check_views, embed
 from xkd_fast.model.vit import BlockRunner
-from xkd_fast.objective.losses import Losses
-from xkd_fast.objective.reconstruction import patch_error
+from xkd_fast.objective.alignment import align
+from xkd_fast.objective.distillation import distil
+from xkd_fast.objective.losses import Distilled, Losses
+from xkd_fast.objective.reconstruction import reconstruction_loss
 from xkd_fast.reference import MODALITIES, Block, Network
+from xkd_kernels import refine
 
 
 class XKD(reference.XKD):
@@ -37,7 +40,8 @@ class XKD(reference.XKD):
         super().__init__(options)
         self.attention = choose(options.attention)
         require_kernels(options.kernels)
-        self.runner = BlockRunner(self.attention, options.kernels, compiled=options.compile, checkpointed=options.checkpointing)
+        how = {"compiled": options.compile is True, "checkpointed": options.checkpointing}  # auto that nobody settled is off
+        self.runner = BlockRunner(self.attention, options.kernels, **how)
         self._half: HalfCopy | None = None
         self._recorded: RecordedPass | None = None
 
@@ -49,7 +53,7 @@ class XKD(reference.XKD):
         """
         check_views(views, self.options)
         masks = masks or self.draw_masks(views)
-        if self.options.cuda_graph and views.video_global.device.type == "cuda" and torch.is_grad_enabled():
+        if self.options.cuda_graph is True and views.video_global.device.type == "cuda" and torch.is_grad_enabled():
             return self.recorded_losses(views, masks)
         return self.losses(views, masks)
 
@@ -71,7 +75,7 @@ class XKD(reference.XKD):
         clips = {"video": [views.video_global, *views.video_locals], "audio": [views.audio_global, *views.audio_locals]}
         order = {m: noise.argsort(dim=1, stable=True) for m, noise in (("video", masks.video), ("audio", masks.audio))}
 
-        side = SideStream(views.video_global.device, wanted=self.options.teacher_stream)
+        side = SideStream(views.video_global.device, wanted=self.options.teacher_stream is True)
         with side, torch.no_grad(), component("teachers"):
             teacher_clip = 1 if self.options.teacher_view == "local" else 0
             teacher_logits, weights = self.teach({m: clips[m][teacher_clip] for m in MODALITIES})
@@ -85,7 +89,7 @@ class XKD(reference.XKD):
             with component("heads"):
                 student = self.student(modality)
                 pooled = [student.encoder.patch_tokens(tokens).mean(dim=1) for tokens in encoded[modality]]
-                student_logits[modality] = student.head(torch.cat(pooled))
+                student_logits[modality] = project(student.head, torch.cat(pooled), self.options.kernels)
 
         side.join([*teacher_logits.values(), *weights.values()])
         with component("objectives"), as_written(views.video_global.device):
@@ -114,7 +118,7 @@ class XKD(reference.XKD):
     @torch.no_grad()
     def teach(self, clips: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Both teachers on unmasked views: refined logits [B, K] and refinement weights [B, N] by modality."""
-        tokens, attention, logits, weights = {}, {}, {}, {}
+        tokens, attention = {}, {}
         teachers = self.teachers_for(clips["video"].device)
         for together in self.passes("teacher"):
             embedded = [embed(teachers[m].encoder, [clips[m]], visible=None, kernels=self.options.kernels)[0] for m in together]
@@ -130,9 +134,17 @@ class XKD(reference.XKD):
                 encoder = teachers[modality].encoder
                 tokens[modality] = encoder.patch_tokens(encoder.norm(rest).view_as(part))
                 attention[modality] = own
-        for own_name, other in (("video", "audio"), ("audio", "video")):
-            weights[own_name] = refinement_weights(attention[own_name], attention[other], self.options.refinement)
-            logits[own_name] = teachers[own_name].head(refined_mean(tokens[own_name], weights[own_name]))
+        return self.refined_logits(teachers, tokens, attention)
+
+    def refined_logits(
+        self, teachers: dict[str, Network], tokens: dict[str, Tensor], attention: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Logits [B, K] and refinement weights [B, N] from both teachers' tokens [B, N, D] and attention [B, h, N]."""
+        logits, weights = {}, {}
+        for own, other in (("video", "audio"), ("audio", "video")):
+            looks = attention[own], attention[other]
+            pooled, weights[own] = refine(tokens[own], *looks, self.options.refinement, backend=self.options.kernels)
+            logits[own] = project(teachers[own].head, pooled, self.options.kernels)
         return logits, weights
 
     def teachers_for(self, device: torch.device) -> dict[str, Network]:
@@ -169,9 +181,19 @@ class XKD(reference.XKD):
         teacher: dict[str, Tensor],
         weights: dict[str, Tensor],
     ) -> Losses:
-        """The reference's objectives, given predictions [B, N − keep, P] and targets of masked patches alone."""
+        """The reference's objectives, given predictions [B, N − keep, P] of masked patches alone."""
         options: dict[str, VideoOptions | AudioOptions] = {"video": self.options.video, "audio": self.options.audio}
         kernels = self.options.kernels
-        targets = {m: gather_patches(clips[m][0], order[m][:, self.keep(m) :], options[m], kernels=kernels) for m in MODALITIES}
-        recon = {m: patch_error(predicted[m], targets[m]) for m in MODALITIES}
+        masked = {m: order[m][:, self.keep(m) :] for m in MODALITIES}
+        recon = {m: reconstruction_loss(predicted[m], clips[m][0], masked[m], options[m], kernels) for m in MODALITIES}
         return self.combine(recon, student, teacher, weights)
+
+    def distil(self, source: str, teacher: Tensor, student: Tensor) -> Distilled:
+        """The reference's, in one pass over the logits."""
+        centre, temperature = self.get_buffer(f"{source}_centre"), self.get_buffer(f"{source}_teacher_temperature")
+        student_temperature = self.options.objective.student_temperature
+        return distil(teacher, student, centre, temperature, student_temperature, self.options.kernels)
+
+    def align(self, video: Tensor, audio: Tensor) -> Tensor:
+        """The reference's, without a matrix of all pairs."""
+        return align(video, audio, self.options.objective.mmd_gammas, self.options.kernels)
