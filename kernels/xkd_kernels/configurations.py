@@ -87,6 +87,9 @@ DEFAULTS: dict[str, Callable[..., Launch]] = {
     "bias_gelu_backward": _columns,
     "gather_patches_forward": _patches,
     "gather_patches_backward": _patches,
+    "quantise_rows_forward": _rows,
+    "residual_layer_norm_fp8_forward": _rows,
+    "bias_gelu_fp8_forward": _rows,
 }
 
 

@@ -237,4 +237,7 @@ OPERATORS: dict[str, Callable[..., Cost]] = {
     "xkd_kernels.bias_gelu": _elementwise(12),
     "xkd_kernels.bias_gelu_backward": _elementwise(24),
     "xkd_kernels.gather_patches": _gather,
+    "xkd_kernels.quantise_rows": _elementwise(8),
+    "xkd_kernels.residual_layer_norm_fp8": _elementwise(16),
+    "xkd_kernels.bias_gelu_fp8": _elementwise(20),
 }
