@@ -128,19 +128,17 @@ def whole_matrix(qkv: Tensor, groups: Any, heads: int, kernels: str, *, has_cls:
     return found
 
 
-def kept_norm(
-    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None, kernels: str
-) -> tuple[Tensor, Tensor]:
+def kept_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, linear: nn.Linear, kernels: str) -> tuple[Tensor, Tensor]:
     """What is normalised is kept for the backward pass."""
     total = added(x, branch)
-    return total, F.linear(norm(total), weight, bias)
+    return total, linear(norm(total))
 
 
 def kept_gelu(
     x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, kernels: str
 ) -> tuple[Tensor, Tensor]:
     """What GELU gives is kept for the backward pass."""
-    x, h = kept_norm(x, branch, norm, fc1.weight, fc1.bias, kernels)
+    x, h = kept_norm(x, branch, norm, fc1, kernels)
     return x, fc2(F.gelu(h))
 
 

@@ -36,6 +36,8 @@ class Case:
         call: (backend, inputs) → by our operator.
         naive: of the inputs, by its definition.
         lengths: of attention's segments, one of each per clip.
+        capabilities: of the GPUs that it can run on.
+        close: the most that results of two implementations may differ by, in parts of the largest number.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Case:
     call: Callable[..., Result]
     naive: Callable[..., Result]
     lengths: tuple[int, ...] = ()
+    capabilities: tuple[int, ...] = (80, 90, 100)
+    close: float = 2e-2  # in bfloat16
 
     @property
     def operator(self) -> str:
@@ -249,6 +253,29 @@ def _refine(place: str, patches: int, others: int, mode: str = "mean", width: in
     )
 
 
+def _fp8(operator: str, place: str, tokens: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """A quantisation in a teacher's pass; two may be a step of E4M3 apart, 1 in 14 for the largest numbers."""
+
+    def inputs(clips: int, device: torch.device) -> list[Tensor]:
+        shape = (clips * tokens, width)
+        x, weight, bias = torch.randn(shape, dtype=dtype, device=device), *torch.randn(2, width, device=device).unbind()
+        if operator == "residual_layer_norm_fp8":
+            return [x, torch.randn(shape, dtype=torch.bfloat16, device=device), weight, bias]
+        return [x, bias] if operator == "bias_gelu_fp8" else [x]
+
+    eps = (1e-5,) if operator == "residual_layer_norm_fp8" else ()
+    return Case(
+        f"{operator}, {place}",
+        dtype,
+        str(width),
+        inputs,
+        lambda backend, *x: getattr(kernels, operator)(*x, *eps, backend=backend),
+        lambda *x: getattr(kernels, f"naive_{operator}")(*x, *eps),
+        capabilities=(90, 100),
+        close=8e-2,
+    )
+
+
 CASES = (
     _attention("student video", (60, 73), 64, trained=True),
     _attention("student audio", (113, 141), 64, trained=True),
@@ -272,6 +299,11 @@ CASES = (
     _masked_patch_loss("spectrogram", (80, 448), AUDIO_PATCH, 448, 560),
     _refine("video", 392, 560),
     _refine("audio", 560, 392),
+    _fp8("quantise_rows", "teacher audio", 561, WIDTH),
+    _fp8("quantise_rows", "weight of fc1", 96, WIDTH, torch.float32),  # at 32 clips as many rows as it has
+    _fp8("quantise_rows", "weight of fc2", 24, HIDDEN, torch.float32),
+    _fp8("residual_layer_norm_fp8", "audio", 561, WIDTH, torch.float32),
+    _fp8("bias_gelu_fp8", "teacher audio", 561, HIDDEN),
 )
 
 # What the base model does not have but users may: other head widths, float32, a trained CLS attention, pixels with a gradient.
@@ -306,4 +338,7 @@ SMALL = (
     _masked_patch_loss("small spectrogram", (8, 64), AUDIO_PATCH, 5, 8),
     _refine("small", 9, 5, width=24, heads=2),
     _refine("small, softmax", 9, 5, "softmax", 24, 2),
+    _fp8("quantise_rows", "small", 7, 24),
+    _fp8("residual_layer_norm_fp8", "small", 7, 24, torch.float32),
+    _fp8("bias_gelu_fp8", "small", 7, 48),
 )

@@ -290,6 +290,11 @@ class Config:
             "model.cuda_graph = true records weights at fixed places, which train.zero_stage = 3 does not keep; set "
             "model.cuda_graph=false, or a lower train.zero_stage",
         )
+        require(
+            self.train.precision == "bfloat16" or self.model.teacher_precision != "fp8",
+            f"model.teacher_precision = fp8 needs train.precision = bfloat16, which such products give; it is "
+            f"{self.train.precision}",
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Nested dicts, lists and plain values, as JSON or YAML hold them."""

@@ -152,6 +152,8 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
     with pipeline, record, Reporter(config, engine, state, schedule, step_cost(config, engine)) as reporter:
         reporter.say(describe(config, engine, world_size, pipeline, schedule, switches, path))
         batches = timed(pipeline.batches(*divmod(state.batches, schedule.steps_per_epoch)), reporter)
+        if config.model.teacher_precision == "fp8":
+            batches = checked(batches, engine, reporter)
         while state.step < last_step and not stop.agreed:
             moment = schedule.at(state.step)
             engine.prepare(moment)
@@ -212,6 +214,20 @@ def timed(batches: Iterator[tuple[Views, MaskNoise]], reporter: Reporter) -> Ite
         yield batch
 
 
+def checked(
+    batches: Iterator[tuple[Views, MaskNoise]], engine: Engine, reporter: Reporter
+) -> Iterator[tuple[Views, MaskNoise]]:
+    """The same batches; on the first one, teachers in FP8 are compared with themselves in bfloat16, and the result is told.
+
+    Raises:
+        UserError: they are too far apart.
+    """
+    views, masks = next(batches)
+    reporter.say(engine.check_teachers(views.to(engine.device)))
+    yield views, masks
+    yield from batches
+
+
 def training_shards(config: Config) -> list[Path]:
     """The shard directories of a run: ``data.train``, or the rendered demo's.
 
@@ -234,6 +250,7 @@ def make_ready(config: Config, model: ModelOptions) -> None:
     from xkd_fast.data.rendered import ensure_rendered
     from xkd_fast.engine.log import require_wandb
     from xkd_fast.model.attention import choose
+    from xkd_fast.model.fp8 import require_fp8
     from xkd_fast.model.kernels import require_kernels
     from xkd_fast.model.vit import require_compiler
 
@@ -244,6 +261,8 @@ def make_ready(config: Config, model: ModelOptions) -> None:
         require_kernels(model.kernels)
     if model.compile is True:
         require_compiler()
+    if config.model.teacher_precision == "fp8":
+        require_fp8()
     if not config.data.train:
         ensure_rendered(config, Console(), workers=os.cpu_count() or 1)
 

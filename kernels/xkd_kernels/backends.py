@@ -38,6 +38,9 @@ OPERATORS = (
     "mmd_loss",
     "masked_patch_loss",
     "refine",
+    "quantise_rows",
+    "residual_layer_norm_fp8",
+    "bias_gelu_fp8",
     *NATIVE,
 )
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as the kernels were loaded; changing it later changes nothing

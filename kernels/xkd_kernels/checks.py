@@ -50,6 +50,14 @@ def has_tangent(*tensors: Tensor) -> bool:
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor.is_floating_point())
 
 
+def require_no_gradient(**tensors: Tensor) -> None:
+    """Raise ``ValueError`` for a tensor that is to be differentiated, by an operator that cannot be."""
+    for name, tensor in tensors.items():
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient, but this has none; detach it, or call this under torch.no_grad()")
+    require_no_tangent(*tensors.values())
+
+
 def whole_number(value: object) -> int:
     """A Python integer; a compiler's symbol becomes a constant of the program.
 

@@ -134,6 +134,9 @@ DEFAULTS: dict[str, Callable[..., Launch]] = {
     "masked_patch_loss_forward": _whole_patches,
     "masked_patch_loss_backward": _whole_patches,
     "refine_forward": _refine,
+    "quantise_rows_forward": _rows,
+    "residual_layer_norm_fp8_forward": _rows,
+    "bias_gelu_fp8_forward": _rows,
 }
 
 

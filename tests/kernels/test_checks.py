@@ -44,7 +44,40 @@ def refine(tokens=TOKENS, own=OWN, other=OTHER, mode="mean"):
     return lambda backend: X.refine(tokens, own, other, mode, backend=backend)
 
 
+Q, SCALE = X.quantise_rows(torch.randn(4, 16, device=DEVICE))
+WEIGHT_Q, WEIGHT_SCALE = X.quantise_rows(torch.randn(32, 16, device=DEVICE))
+
+
+def norm_fp8(x=ROWS, branch=ROWS, weight=ONES, bias=ZEROS, eps=1e-5):
+    return lambda backend: X.residual_layer_norm_fp8(x, branch, weight, bias, eps, backend=backend)
+
+
+def linear_fp8(q=Q, scale=SCALE, weight_q=WEIGHT_Q, weight_scale=WEIGHT_SCALE, bias=None, dtype=torch.float32):
+    return lambda _: X.fp8_linear(q, scale, weight_q, weight_scale, bias, dtype)
+
+
 WRONG = {
+    "an FP8 norm of a row to be broadcast": (norm_fp8(branch=ROWS[:1]), r"x, branch, weight, bias .* \[4, 8\], \[1, 8\]"),
+    "an FP8 norm of integers": (norm_fp8(x=ROWS.long()), "x is of type int64"),
+    "an FP8 norm elsewhere": (norm_fp8(branch=None, weight=ONES.to("meta")), "weight is on meta"),
+    "an FP8 norm with a negative eps": (norm_fp8(eps=-1.0), "eps ≥ 0"),
+    "an FP8 norm to be differentiated": (norm_fp8(x=ROWS.clone().requires_grad_()), "x requires a gradient"),
+    "an FP8 GELU with a bias to be broadcast": (lambda b: X.bias_gelu_fp8(ROWS, ONES[:1], backend=b), r"\[4, 8\] and \[1\]"),
+    "an FP8 GELU of integers": (lambda b: X.bias_gelu_fp8(ROWS.int(), ZEROS, backend=b), "h is of type int32"),
+    "quantised nothing": (lambda b: X.quantise_rows(ROWS[:, :0], backend=b), "rows of at least 1 number"),
+    "quantised bytes": (lambda b: X.quantise_rows(ROWS.byte(), backend=b), "x is of type uint8"),
+    "quantised to be differentiated": (
+        lambda b: X.quantise_rows(ROWS.clone().requires_grad_(), backend=b),
+        "x requires",
+    ),
+    "an FP8 product of other sizes": (linear_fp8(weight_q=WEIGHT_Q[:, :8]), r"\[4, 16\], \[4, 1\], \[32, 8\], \[32, 1\]"),
+    "an FP8 product of one scale": (linear_fp8(scale=SCALE[:1]), r"the shapes \[4, 16\], \[1, 1\]"),
+    "an FP8 product of odd inputs": (linear_fp8(q=Q[:, :8], weight_q=WEIGHT_Q[:, :8]), r"\[32, 8\], but multiples of 16"),
+    "an FP8 product of odd outputs": (linear_fp8(weight_q=WEIGHT_Q[:9], weight_scale=WEIGHT_SCALE[:9]), "multiples of 16"),
+    "an FP8 product of halves": (linear_fp8(q=Q.half()), "q is of type float16; float8_e4m3fn"),
+    "an FP8 product with half a bias": (linear_fp8(bias=ONES), r"bias has the shape \[8\], but \[32\]"),
+    "an FP8 product elsewhere": (linear_fp8(weight_q=WEIGHT_Q.to("meta")), "weight_q is on meta"),
+    "an FP8 product to integers": (linear_fp8(dtype=torch.int8), "dtype = int8"),
     "ids beyond the last patch": (gather(ids=IDS + 1), "."),
     "ids far away": (gather(ids=IDS + 10**9), "."),
     "ids below the first": (gather(ids=IDS - 1), "."),

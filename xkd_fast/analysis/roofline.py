@@ -307,4 +307,7 @@ OPERATORS: dict[str, Callable[..., Cost]] = {
     "xkd_kernels.masked_patch_loss": _masked_patch_loss,
     "xkd_kernels.masked_patch_loss_backward": _masked_patch_loss_backward,
     "xkd_kernels.refine": _refine,
+    "xkd_kernels.quantise_rows": _elementwise(8),
+    "xkd_kernels.residual_layer_norm_fp8": _elementwise(16),
+    "xkd_kernels.bias_gelu_fp8": _elementwise(20),
 }

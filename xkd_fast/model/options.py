@@ -297,6 +297,7 @@ class ObjectiveOptions:
         )
 
 
+FP8_MULTIPLE = 16  # what a GPU's products of 8-bit floats want of inputs and outputs
 FAST_ONLY = ("compile", "checkpointing", "teacher_stream", "cuda_graph")
 """Switches of the fast implementation that the reference, being plain, refuses."""
 
@@ -330,6 +331,11 @@ class ModelOptions:
     cuda_graph: Switch = option(
         "auto", "on a GPU, record forward and backward pass once and launch them as one CUDA graph; auto as for compile"
     )
+    teacher_precision: Literal["autocast", "fp8"] = option(
+        "autocast",
+        "products of the teachers' blocks: as train.precision says (autocast), or in 8-bit floats, checked against that on the "
+        "first batch (fp8; GPUs of compute capability 8.9 or more, slowly emulated on a CPU)",
+    )
     variant: Variant = option("xkd", "xkd: a stack per modality; mas: students share one; mats: teachers share one too")
     teacher_view: TeacherView = option(
         "global", "what the teachers see: the global view (paper) or first local view (released code)"
@@ -349,6 +355,16 @@ class ModelOptions:
             require(
                 self.implementation == "fast" or getattr(self, name) is not True,
                 f"model.{name} = true needs model.implementation = fast; the reference is plain",
+            )
+        is_fp8, width = self.teacher_precision == "fp8", self.encoder.width
+        require(
+            self.implementation == "fast" or not is_fp8,
+            "model.teacher_precision = fp8 needs model.implementation = fast; the reference is plain",
+        )
+        for name, size in (("width", width), ("width × model.mlp_ratio", int(width * self.mlp_ratio))):
+            require(
+                size % FP8_MULTIPLE == 0 or not is_fp8,
+                f"model.encoder.{name} = {size} must be a multiple of {FP8_MULTIPLE} for model.teacher_precision = fp8",
             )
         require(
             not (self.compile is True and self.attention == "xformers"),
@@ -375,4 +391,4 @@ class ModelOptions:
     def as_reference(self) -> ModelOptions:
         """The same model computed by the reference."""
         plain: dict[str, Any] = dict.fromkeys(FAST_ONLY, False)
-        return replace(self, implementation="reference", **plain)
+        return replace(self, implementation="reference", teacher_precision="autocast", **plain)

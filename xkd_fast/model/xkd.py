@@ -15,6 +15,7 @@ from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.model.attention import choose
 from xkd_fast.model.autoencoder import decode_masked
 from xkd_fast.model.components import component
+from xkd_fast.model.fp8 import fp8_layers
 from xkd_fast.model.graphs import RecordedPass, Recorder, record
 from xkd_fast.model.half import HalfCopy
 from xkd_fast.model.head import project
@@ -77,8 +78,7 @@ class XKD(reference.XKD):
 
         side = SideStream(views.video_global.device, wanted=self.options.teacher_stream is True)
         with side, torch.no_grad(), component("teachers"):
-            teacher_clip = 1 if self.options.teacher_view == "local" else 0
-            teacher_logits, weights = self.teach({m: clips[m][teacher_clip] for m in MODALITIES})
+            teacher_logits, weights = self.teach(self.teacher_clips(views))
         with component("students"):
             encoded = self.encode_students(clips, order)
         predicted, student_logits = {}, {}
@@ -115,11 +115,22 @@ class XKD(reference.XKD):
         shared = ("mas", "mats") if role == "student" else ("mats",)
         return [MODALITIES] if self.options.variant in shared else [(modality,) for modality in MODALITIES]
 
+    def teacher_clips(self, views: Views) -> dict[str, Tensor]:
+        """What the teachers see."""
+        if self.options.teacher_view == "local":
+            return {"video": views.video_locals[0], "audio": views.audio_locals[0]}
+        return {"video": views.video_global, "audio": views.audio_global}
+
     @torch.no_grad()
-    def teach(self, clips: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Both teachers on unmasked views: refined logits [B, K] and refinement weights [B, N] by modality."""
+    def teach(
+        self, clips: dict[str, Tensor], teachers: dict[str, Network] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Both teachers on unmasked views: refined logits [B, K] and refinement weights [B, N] by modality.
+
+        ``teachers``: those to run; None = those of :meth:`teachers_for`.
+        """
         tokens, attention = {}, {}
-        teachers = self.teachers_for(clips["video"].device)
+        teachers = teachers or self.teachers_for(clips["video"].device)
         for together in self.passes("teacher"):
             embedded = [embed(teachers[m].encoder, [clips[m]], visible=None, kernels=self.options.kernels)[0] for m in together]
             x, groups = pack(embedded)
@@ -148,13 +159,16 @@ class XKD(reference.XKD):
         return logits, weights
 
     def teachers_for(self, device: torch.device) -> dict[str, Network]:
-        """The teachers to run: under autocast, copies whose linear weights are cast already."""
+        """The teachers to run: under autocast, or where they compute in FP8, copies whose linear weights are cast already."""
         originals = {modality: self.teacher(modality) for modality in MODALITIES}
-        if not torch.is_autocast_enabled(device.type):
+        is_half, is_fp8 = torch.is_autocast_enabled(device.type), self.options.teacher_precision == "fp8"
+        if not (is_half or is_fp8):
             return originals
-        dtype, weight = torch.get_autocast_dtype(device.type), originals["video"].head.linear1.weight
+        weight = originals["video"].head.linear1.weight
+        dtype = torch.get_autocast_dtype(device.type) if is_half else weight.dtype
         if self._half is None or not self._half.follows(weight, dtype):
-            self._half = HalfCopy(nn.ModuleDict(originals), dtype)
+            fp8 = fp8_layers(originals.values(), self.options.kernels) if is_fp8 else ()
+            self._half = HalfCopy(nn.ModuleDict(originals), dtype, fp8)
         copies = self._half.fresh()
         return {modality: copies[modality] for modality in MODALITIES}  # type: ignore[misc]
 
