@@ -28,19 +28,28 @@ class BuildOperators(build_ext):
             print("xkd_kernels: cmake is not found, so its compiled operators are left out", file=sys.stderr)
             return
         work = ROOT / "build" / "native"
-        for cuda in ("ON", "OFF"):  # a CUDA compiler that is of no use must not cost the operators for the CPU
-            try:
-                subprocess.run([cmake, "-S", str(ROOT), "-B", str(work), "--fresh", f"-DXKD_CUDA={cuda}"], check=True)
-                subprocess.run([cmake, "--build", str(work)], check=True)
-                break
-            except subprocess.CalledProcessError as error:
-                print(f"xkd_kernels: its operators cannot be compiled with XKD_CUDA={cuda} ({error})", file=sys.stderr)
+        for old in work.glob("libxkd_kernels_*.so"):
+            old.unlink()
+        configure = [cmake, "-S", str(ROOT), "-B", str(work), "--fresh"]
+        # neither a CUDA compiler that is of no use nor a failure for one kind of device may cost the operators for the other
+        if self._succeeds("they", [*configure, "-DXKD_CUDA=ON"]) or self._succeeds("they", [*configure, "-DXKD_CUDA=OFF"]):
+            for target in ("xkd_kernels_cpu", "xkd_kernels_cuda"):
+                self._succeeds(target, [cmake, "--build", str(work), "--target", target])
         package = ROOT / "kernels" / "xkd_kernels" if self.inplace else Path(self.build_lib) / "xkd_kernels"
         package.mkdir(parents=True, exist_ok=True)
         for library in work.glob("libxkd_kernels_*.so"):
             aside = package / f"{library.name}.new"  # a running process keeps the file that it has mapped
             shutil.copy2(library, aside)
             aside.replace(package / library.name)
+
+    @staticmethod
+    def _succeeds(what: str, command: list[str]) -> bool:
+        try:
+            subprocess.run(command, check=True)
+        except subprocess.CalledProcessError as error:
+            print(f"xkd_kernels: of its operators {what} cannot be compiled ({error})", file=sys.stderr)
+            return False
+        return True
 
     def get_outputs(self) -> list[str]:
         """What was built into the wheel's folder."""

@@ -166,6 +166,7 @@ class Strong(FewLaunches):
 
     def __init__(self, options: ModelOptions, device: torch.device, dtype: torch.dtype, *, compiled: bool = True) -> None:
         super().__init__(options, device, dtype)
+        self.local.optimizer.backend = self.local.teachers.backend = "torch"  # none of our compiled code
         if compiled:  # views of both modalities, with and without gradient: more programs than the default admits
             torch._dynamo.config.recompile_limit = PROGRAMS
             for module in self.model.modules():

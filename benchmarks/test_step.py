@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import record
+from benchmarks.contestants import Fast, Strong
 from benchmarks.race import Race, Row, report, rivals, too_late
 from xkd_fast.model.options import (
     AudioOptions,
@@ -23,6 +25,7 @@ from xkd_fast.model.options import (
     Variant,
     VideoOptions,
 )
+from xkd_kernels import obstacle
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = {
@@ -106,3 +109,32 @@ def test_step(
         assert difference < CLOSE[precision], f"{name}'s loss is not the fast model's: {race.row['disagreement']}"
     for name, losses in race.losses.items() if not measuring else ():
         assert losses[-1] < losses[0], f"{name} does not learn: {losses}"
+
+
+def test_the_yardstick_is_plain_pytorch() -> None:
+    """Red if what we are measured against runs our compiled code, in its norms, its teachers or its update."""
+    met: dict[str, set[str]] = {}
+    for kind in (Strong, Fast):
+        contestant = kind(
+            model_options("xkd", tiny=True), DEVICE, torch.float32, **({"compiled": False} if kind is Strong else {})
+        )
+        for parameter in contestant.model.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        with OperatorNames() as names:
+            contestant.local.step(0.9, 0.9)
+            contestant.local.teachers.follow()
+        met[contestant.name] = {name for name in names.met if name.startswith("xkd_kernels")}
+    assert not met["strong"]
+    assert obstacle(DEVICE, torch.float32, "native") or DEVICE.type == "cuda" or met["fast"], "the watch sees nothing"
+
+
+class OperatorNames(TorchDispatchMode):
+    """The names of the operators that are met inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.met.add(str(func))
+        return func(*args, **(kwargs or {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,16 +14,37 @@ class HostTraffic(TorchDispatchMode):
 
     FORBIDDEN = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique", "lift_fresh", "item", "equal")
 
-    def __init__(self, *, allowed: Sequence[str] = ()) -> None:
+    _active: ClassVar[list[HostTraffic]] = []
+
+    def __init__(self) -> None:
         super().__init__()
         self.met: list[str] = []
         self.places: list[str] = []  # where each was met: file and line of the caller
-        self._allowed = allowed
+
+    def __enter__(self) -> HostTraffic:
+        self._active.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._active.remove(self)
+
+    @classmethod
+    def note(cls, name: str) -> None:
+        """Whatever else waits, and is no operator, may call this."""
+        for traffic in cls._active:
+            traffic._meet(name)
 
     def __torch_dispatch__(self, function, types: Sequence[type], args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = function.overloadpacket.__name__
-        if name.startswith(self.FORBIDDEN) and name not in self._allowed:
-            frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and "host_traffic" not in f.filename]
-            self.met.append(name)
-            self.places.append(f"{name} {frames[-1].filename}:{frames[-1].lineno}")
+        if name.startswith(self.FORBIDDEN):
+            self._meet(name)
         return function(*args, **(kwargs or {}))
+
+    def _meet(self, name: str) -> None:
+        own = ("host_traffic", "traffic_ranks")
+        frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and not any(o in f.filename for o in own)]
+        frames = frames or traceback.extract_stack()
+        self.met.append(name)
+        self.places.append(f"{name} {frames[-1].filename}:{frames[-1].lineno}")

@@ -442,6 +442,19 @@ def test_impossible_values_name_value_rule_and_key(override, sentence):
     assert sentence in error_of(None, [override])
 
 
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ("train.zero_stage=3", "with train.zero_stage = 3 every rank waits"),
+        ("model.objective.mmd_scope=global", "with model.objective.mmd_scope = global every rank waits"),
+    ],
+)
+def test_ranks_that_wait_for_each_other_are_not_timed(more, reason):
+    """Catches a slow rank whose time all others show."""
+    assert load_config(None, ["log.stragglers=true"]).log.stragglers
+    assert reason in error_of(None, ["log.stragglers=true", more])
+
+
 NEGATIVE_ALLOWED = {"mel.mean", "model.video.pixel_mean"}
 
 

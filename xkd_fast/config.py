@@ -176,7 +176,7 @@ class OptimizerOptions:
     implementation: Literal["auto", "xkd", "torch", "deepspeed_cpu", "deepspeed_fused", "apex"] = option(
         "auto",
         "who computes AdamW, always with the same result: xkd = this project's operator; torch, DeepSpeed's CPUAdam or "
-        "FusedAdam, NVIDIA apex's FusedAdam; auto = xkd",
+        "FusedAdam, NVIDIA apex's FusedAdam; auto = xkd compiled or, where it is not or a GPU has no measurement, by PyTorch",
     )
     lr: float = option(1e-4, "peak learning rate for lr_batch clips per step; scaled linearly with train.global_batch")
     lr_batch: int = option(256, "clips per step that lr is meant for")
@@ -294,6 +294,12 @@ class Config:
             self.train.precision == "bfloat16" or self.model.teacher_precision != "fp8",
             f"model.teacher_precision = fp8 needs train.precision = bfloat16, which such products give; it is "
             f"{self.train.precision}",
+        )
+        waits = "train.zero_stage = 3" if self.train.zero_stage == 3 else "model.objective.mmd_scope = global"
+        require(
+            not self.log.stragglers or (self.train.zero_stage < 3 and self.model.objective.mmd_scope == "rank"),
+            f"log.stragglers = true times forward passes that wait for no other rank, but with {waits} every rank waits for "
+            "the slowest in them; set log.stragglers=false, or train.zero_stage below 3 and model.objective.mmd_scope=rank",
         )
 
     def as_dict(self) -> dict[str, Any]:

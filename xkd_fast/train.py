@@ -120,7 +120,7 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
     from xkd_fast.data.shards import ShardSet
     from xkd_fast.engine.checkpoint import Checkpoints, TrainState
     from xkd_fast.engine.engine import Engine
-    from xkd_fast.engine.launch import StopSignal, first_rank_first
+    from xkd_fast.engine.launch import StopSignal, first_rank_first, own_device
     from xkd_fast.engine.memory import MemoryRecord
     from xkd_fast.engine.reporter import Reporter
     from xkd_fast.engine.schedule import Schedule
@@ -141,52 +141,49 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
     stop = StopSignal(launchers)
     pipeline = ViewPipeline.from_config(config, ShardSet.open(training_shards(config)), dist.get_rank(), world_size)
     schedule = Schedule(config, pipeline.sampler.steps_per_epoch)
-    engine = Engine(build_model(model_options, seed=config.seed), config, deepspeed)
-    state = TrainState.start(config, pipeline.shards, world_size=world_size)
-    if path is not None:
-        state = checkpoints.load(engine, path, state, config)
-    first_rank_first(lambda: write_aside(Path(config.output) / "config.yaml", render_config(config).encode()))
-
     last_step = min(schedule.total_steps, config.train.stop_after_steps or schedule.total_steps)
-    record = MemoryRecord(Path(config.output), config.log.memory_snapshot, engine.device)
-    with pipeline, record, Reporter(config, engine, state, schedule, step_cost(config, engine)) as reporter:
-        reporter.say(describe(config, engine, world_size, pipeline, schedule, switches, path))
-        batches = timed(pipeline.batches(*divmod(state.batches, schedule.steps_per_epoch)), reporter)
-        if config.model.teacher_precision == "fp8":
-            batches = checked(batches, engine, reporter)
-        while state.step < last_step and not stop.agreed:
-            moment = schedule.at(state.step)
-            engine.prepare(moment)
-            for _ in range(engine.accumulation):
-                views, masks = next(batches)
-                losses = engine.forward_backward(views.to(engine.device), masks.to(engine.device))
-                reporter.add(losses)
-                applied = engine.step()
-            state = state.after_step(applied=applied)
-            if not applied:
-                reporter.skip_step()
-                continue
-            synchronised = reporter.end_step(state.step, moment, pipeline.damage, is_last=state.step == last_step)
-            record.after(state.step)
-            if synchronised or engine.device.type == "cpu":
-                stop.agree(engine.device)
-                if stop.agreed:
-                    reporter.say(f"asked to stop: this ends after step {state.step}; --resume auto goes on from there")
-            if checkpoints.due(state.step) or state.step == last_step or stop.agreed:
-                reporter.check_savable(state.step)
-                reporter.say(f"checkpoint {checkpoints.save(engine, state, config)}")
+    with MemoryRecord(Path(config.output), config.log.memory_snapshot, own_device()) as record:
+        engine = Engine(build_model(model_options, seed=config.seed), config, deepspeed)
+        state = TrainState.start(config, pipeline.shards, world_size=world_size)
+        if path is not None:
+            state = checkpoints.load(engine, path, state, config)
+        first_rank_first(lambda: write_aside(Path(config.output) / "config.yaml", render_config(config).encode()))
+        record.expect(state.step + 1, last_step)
+        with pipeline, Reporter(config, engine, state, schedule, step_cost(config, engine)) as reporter:
+            reporter.say(describe(config, engine, world_size, pipeline, schedule, switches, path))
+            batches = timed(pipeline.batches(*divmod(state.batches, schedule.steps_per_epoch)), reporter)
+            if config.model.teacher_precision == "fp8":
+                batches = checked(batches, engine, reporter)
+            while state.step < last_step and not stop.agreed:
+                moment = schedule.at(state.step)
+                engine.prepare(moment)
+                for _ in range(engine.accumulation):
+                    views, masks = next(batches)
+                    losses = engine.forward_backward(views.to(engine.device), masks.to(engine.device))
+                    reporter.add(losses)
+                    applied = engine.step()
+                state = state.after_step(applied=applied)
+                if not applied:
+                    reporter.skip_step()
+                    continue
+                synchronised = reporter.end_step(state.step, moment, pipeline.damage, is_last=state.step == last_step)
+                record.after(state.step)
+                if synchronised or engine.device.type == "cpu":
+                    stop.agree(engine.device)
+                    if stop.agreed:
+                        reporter.say(f"asked to stop: this ends after step {state.step}; --resume auto goes on from there")
+                if checkpoints.due(state.step) or state.step == last_step or stop.agreed:
+                    reporter.check_savable(state.step)
+                    reporter.say(f"checkpoint {checkpoints.save(engine, state, config)}")
 
 
 def settle(config: Config, world_size: int) -> tuple[ModelOptions, list[str]]:
     """The model's options without an ``auto`` among its switches, and why they are as they are."""
-    import torch
-    from deepspeed.accelerator import get_accelerator
-
+    from xkd_fast.engine.launch import own_device
     from xkd_fast.model.switches import obstacles_of, settled
 
-    train, device = config.train, torch.device(get_accelerator().current_device_name())
-    obstacles = obstacles_of(config.model, train.zero_stage)
-    return settled(config.model, device, train.precision, train.clips_per_pass(world_size), obstacles=obstacles)
+    train, obstacles = config.train, obstacles_of(config.model, config.train.zero_stage)
+    return settled(config.model, own_device(), train.precision, train.clips_per_pass(world_size), obstacles=obstacles)
 
 
 def step_cost(config: Config, engine: Engine) -> StepCost:

@@ -6,9 +6,10 @@
 #include <cstring>
 #include <vector>
 
-// GCC and Clang compile these loops once per instruction set and choose when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__) && !defined(XKD_PORTABLE)
-#define XKD_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+// GCC and Clang compile these loops once per instruction set and choose when the library is loaded; XKD_CLONES names those sets
+// that this compiler knows, as CMakeLists.txt has found out. Without it the loops are compiled once.
+#ifdef XKD_CLONES
+#define XKD_VECTORISED __attribute__((target_clones(XKD_CLONES)))
 #else
 #define XKD_VECTORISED
 #endif

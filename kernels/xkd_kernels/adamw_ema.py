@@ -15,16 +15,21 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.autograd.profiler import record_function
+from torch.library import CustomOpDef
 
 from xkd_kernels.backends import backend_of
 from xkd_kernels.native import AdamW, library
 
 OPERATOR = "adamw_ema"
+WRITTEN_OUT = 1 << 25  # factors that scale_ writes out at a time: 128 MiB
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,10 @@ class Segments:
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         """Raise ``ValueError`` where a segment leaves its tensor."""
+        sizes, number = [tensor.numel() for tensor in tensors], len(tensors)
+        parts = zip(self.tensor, self.start, self.count, strict=True)
+        if all(0 <= tensor < number and start >= 0 <= count <= sizes[tensor] - start for tensor, start, count in parts):
+            return
         for i, (tensor, start, count) in enumerate(zip(self.tensor, self.start, self.count, strict=True)):
             if not 0 <= tensor < len(tensors):
                 raise ValueError(f"segment {i} is of tensor {tensor}, but there are {len(tensors)}")
@@ -112,8 +121,10 @@ def squared_norms(gradients: Sequence[Tensor], segments: Segments, *, backend: s
     segments.check(gradients)
     if not segments.count:
         return torch.empty(0)
-    chosen = backend_of(OPERATOR, gradients[0].device, gradients[0].dtype, "", backend)
-    return _squared_norms(list(gradients), segments.tensor, segments.start, segments.count, chosen)
+    if backend_of(OPERATOR, gradients[0].device, gradients[0].dtype, "", backend) == "torch":
+        return _torch_norms(list(gradients), segments)
+    norms: Tensor = _called(_squared_norms, [], list(gradients), segments.tensor, segments.start, segments.count)
+    return norms
 
 
 def adamw_ema_(
@@ -172,12 +183,16 @@ def adamw_ema_(
     chosen = backend_of(OPERATOR, parameters[0].device, parameters[0].dtype, "", backend)
     if any(copy.dtype != torch.bfloat16 for copy in copied):
         chosen = _only_torch(chosen, backend, "copies in another type than bfloat16")
-    _adamw_ema(
-        list(parameters), list(gradients), list(firsts), list(seconds), scales,
-        segments.tensor, segments.start, segments.count,
+    p, g, m, v = list(parameters), list(gradients), list(firsts), list(seconds)
+    arguments = (
         lr, betas[0], betas[1], eps, list(weight_decays), step,
-        followers, taught, [follow[i] for i in taught], copied, copied_of, chosen,
+        followers, taught, [follow[i] for i in taught], copied, copied_of,
     )  # fmt: skip
+    if chosen == "torch":
+        _torch_adamw_ema(p, g, m, v, scales, segments, *arguments)
+    else:
+        changed, places = [p, m, v, followers, copied], (segments.tensor, segments.start, segments.count)
+        _called(_adamw_ema, changed, p, g, m, v, scales, *places, *arguments)
 
 
 def ema_(
@@ -209,36 +224,45 @@ def ema_(
     chosen = backend_of(OPERATOR, teachers[0].device, teachers[0].dtype, "", backend)
     if any(copy.dtype != torch.bfloat16 for copy in copied):
         chosen = _only_torch(chosen, backend, "copies in another type than bfloat16")
-    _ema(list(teachers), list(students), list(follow), copied, copied_of, chosen)
+    arguments = (list(teachers), list(students), list(follow), copied, copied_of)
+    if chosen == "torch":
+        _torch_ema(*arguments)
+    else:
+        _called(_ema, [arguments[0], copied], *arguments)
 
 
 def _check(*lists: Sequence[Tensor]) -> None:
     """Raise ``ValueError`` unless the lists hold tensors that fit together, one by one."""
     first = lists[0]
+    if len({len(each) for each in lists}) > 1:
+        raise ValueError(f"lists of {' and '.join(str(len(each)) for each in lists)} tensors do not fit together")
+    wanted = [(tensor.numel(), first[0].dtype, first[0].device, True) for tensor in first]
     for other in lists:
-        if len(other) != len(first):
-            raise ValueError(f"lists of {' and '.join(str(len(each)) for each in lists)} tensors do not fit together")
-        for i, (one, two) in enumerate(zip(first, other, strict=True)):
-            if two.numel() != one.numel() or two.dtype != first[0].dtype or two.device != first[0].device:
-                raise ValueError(
-                    f"tensor {i} has {two.numel()} numbers of {two.dtype} on {two.device}; "
-                    f"{one.numel()} of {first[0].dtype} on {first[0].device} are wanted"
-                )
-            if not two.is_contiguous():
-                raise ValueError(f"tensor {i}, of shape {list(two.shape)}, is not contiguous")
+        found = [(tensor.numel(), tensor.dtype, tensor.device, tensor.is_contiguous()) for tensor in other]
+        if found == wanted:
+            continue
+        i = next(i for i, (one, two) in enumerate(zip(found, wanted)) if one != two)
+        if found[i][:3] == wanted[i][:3]:
+            raise ValueError(f"tensor {i}, of shape {list(other[i].shape)}, is not contiguous")
+        (size, dtype, device, _), (right_size, right_dtype, right_device, _) = found[i], wanted[i]
+        raise ValueError(
+            f"tensor {i} has {size} numbers of {dtype} on {device}; {right_size} of {right_dtype} on {right_device} are wanted"
+        )
 
 
 def _given(tensors: Sequence[Tensor | None], like: Sequence[Tensor], name: str) -> tuple[list[Tensor], list[int]]:
     """Those of ``tensors`` that are not None, and their places."""
     if tensors and len(tensors) != len(like):
         raise ValueError(f"{len(tensors)} {name} for {len(like)} tensors")
-    given = [(tensor, i) for i, tensor in enumerate(tensors) if tensor is not None]
-    for tensor, i in given:
-        if tensor.numel() != like[i].numel() or tensor.device != like[i].device or not tensor.is_contiguous():
+    places = [i for i, tensor in enumerate(tensors) if tensor is not None]
+    given: list[Tensor] = [tensor for tensor in tensors if tensor is not None]
+    for tensor, i in zip(given, places):
+        other = like[i]
+        if tensor.numel() != other.numel() or tensor.device != other.device or not tensor.is_contiguous():
             raise ValueError(f"{name}[{i}], of shape {list(tensor.shape)}, does not lie in memory like its tensor {i}")
-        if name == "teachers" and tensor.dtype != like[i].dtype:
-            raise ValueError(f"teachers[{i}] is of type {tensor.dtype}, its tensor {i} of {like[i].dtype}")
-    return [tensor for tensor, _ in given], [i for _, i in given]
+        if name == "teachers" and tensor.dtype != other.dtype:
+            raise ValueError(f"teachers[{i}] is of type {tensor.dtype}, its tensor {i} of {other.dtype}")
+    return given, places
 
 
 def _only_torch(chosen: str, asked: str, reason: str) -> str:
@@ -247,30 +271,145 @@ def _only_torch(chosen: str, asked: str, reason: str) -> str:
     return "torch" if chosen == "native" else chosen
 
 
-# ------------------------------------------------------------------------------------------------------------------ operators
+# ------------------------------------------------------------------------------------------------------- PyTorch's operators
 
 
-@torch.library.custom_op("xkd_kernels::squared_norms", mutates_args=())
-def _squared_norms(gradients: list[Tensor], tensor: list[int], start: list[int], count: list[int], backend: str) -> Tensor:
-    if backend == "native":
-        table = _table(tensor, start, count, gradients=gradients)
-        return _native_norms(table, count, gradients[0])
-    whole = _is_whole(gradients, tensor, start, count)
-    pieces = gradients if whole else [gradients[i].view(-1).narrow(0, at, n) for i, at, n in zip(tensor, start, count)]
+@torch.no_grad()
+def _torch_norms(gradients: list[Tensor], segments: Segments) -> Tensor:
+    pieces = _pieces(gradients, segments)
     if pieces[0].device.type == "cpu":  # PyTorch's norm takes twice the time there, and loses two digits in float32
         flat = (piece.reshape(-1) for piece in pieces)
         return torch.stack([torch.dot(numbers, numbers) for numbers in flat])
     return torch.stack(torch._foreach_norm(pieces)).square()
 
 
+@torch.no_grad()
+def _torch_adamw_ema(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    firsts: list[Tensor],
+    seconds: list[Tensor],
+    scales: Tensor,
+    segments: Segments,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decays: list[float],
+    step: int,
+    teachers: list[Tensor],
+    taught: list[int],
+    follow: list[float],
+    copies: list[Tensor],
+    copied: list[int],
+) -> None:
+    p, g, m, v = (_pieces(tensors, segments) for tensors in (parameters, gradients, firsts, seconds))
+    scale_(g, scales)
+    for decay in sorted({weight_decays[i] for i in segments.tensor}):
+        own = [j for j, i in enumerate(segments.tensor) if weight_decays[i] == decay]
+        steps = [torch.full((), float(step), device=scales.device)] * len(own)  # read only
+        torch._fused_adamw_(
+            [p[j] for j in own], [g[j] for j in own], [m[j] for j in own], [v[j] for j in own], [], steps,
+            lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+    of, copy_of = dict(zip(taught, zip(teachers, follow))), dict(zip(copied, copies))
+    parts = enumerate(zip(segments.tensor, segments.start, segments.count))
+    moved = [(j, i, at, n) for j, (i, at, n) in parts if i in of]
+    followed = [of[i][0].view(-1).narrow(0, at, n) for _, i, at, n in moved]
+    _follow(followed, [p[j].view(-1) for j, *_ in moved], [of[i][1] for _, i, _, _ in moved])
+    halves = [(copy_of[i].view(-1).narrow(0, at, n), t) for (_, i, at, n), t in zip(moved, followed) if i in copy_of]
+    _copy([half for half, _ in halves], [t for _, t in halves])
+
+
+@torch.no_grad()
+def _torch_ema(
+    teachers: list[Tensor], students: list[Tensor], follow: list[float], copies: list[Tensor], copied: list[int]
+) -> None:
+    _follow(teachers, students, follow)
+    _copy(copies, [teachers[i] for i in copied])
+
+
+def _pieces(tensors: list[Tensor], segments: Segments) -> list[Tensor]:
+    """One per segment; whole tensors as they are."""
+    tensor, start, count = segments.tensor, segments.start, segments.count
+    whole = tensor == list(range(len(tensors))) and not any(start) and all(t.numel() == n for t, n in zip(tensors, count))
+    return tensors if whole else [tensors[i].view(-1).narrow(0, at, n) for i, at, n in zip(tensor, start, count)]
+
+
+def scale_(tensors: Sequence[Tensor], scales: Tensor) -> None:
+    """Multiply each tensor, in place, by its number of ``scales``, which lies on their device: a few launches on a GPU."""
+    factors = scales.to(tensors[0].dtype)
+    if factors.device.type == "cpu":
+        torch._foreach_mul_(list(tensors), list(factors.unbind()))
+    else:
+        scale_by_written_out(tensors, factors, WRITTEN_OUT)
+
+
+def scale_by_written_out(tensors: Sequence[Tensor], factors: Tensor, most: int) -> None:
+    """:func:`scale_` with the factors written out, for as many tensors at a time as have ``most`` numbers together.
+
+    PyTorch's multi-tensor product launches a kernel per tensor unless both lists agree in sizes and strides. Writing the
+    factors out costs 8 bytes per number beside the product's own 8; where that matters, the compiled operator needs neither.
+    """
+    for begin, end in _bounded([tensor.numel() for tensor in tensors], most):
+        some = tensors[begin:end]
+        flat = torch.cat([factor.expand(tensor.numel()) for factor, tensor in zip(factors[begin:end].unbind(), some)])
+        written = flat.split([tensor.numel() for tensor in some])
+        torch._foreach_mul_(list(some), [numbers.view(tensor.shape) for numbers, tensor in zip(written, some)])
+
+
+def _bounded(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Neighbours that go together, as (first, end): as many as have no more than ``most`` numbers, but at least one."""
+    begin = total = 0
+    for end, size in enumerate(sizes):
+        if end > begin and total + size > most:
+            yield begin, end
+            begin, total = end, 0
+        total += size
+    if begin < len(sizes):
+        yield begin, len(sizes)
+
+
+def _follow(teachers: list[Tensor], students: list[Tensor], follow: list[float]) -> None:
+    for weight in sorted(set(follow)):
+        own = [i for i, each in enumerate(follow) if each == weight]
+        torch._foreach_lerp_([teachers[i] for i in own], [students[i] for i in own], weight)
+
+
+def _copy(copies: list[Tensor], teachers: list[Tensor]) -> None:
+    if copies:
+        torch._foreach_copy_(copies, [teacher.view_as(copy) for copy, teacher in zip(copies, teachers)])
+
+
+# ------------------------------------------------------------------------------------------------------------- compiled code
+
+
+def _called(operator: CustomOpDef, changed: list[list[Tensor]], *arguments: Any) -> Any:
+    """Call a compiled operator: through PyTorch's dispatcher where something watches or traces, or else directly.
+
+    The dispatcher takes lists of tensors apart several times over: 8 ms on the host for the base model's 412 trainable ones,
+    when all of a GPU's work for them takes 3. ``changed``: what the operator writes into.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return operator(*arguments)
+    with record_function(f"xkd_kernels::{operator._name}"):
+        found = operator._init_fn(*arguments)
+    for tensors in changed:
+        increment_version(tensors)
+    return found
+
+
+@torch.library.custom_op("xkd_kernels::squared_norms", mutates_args=())
+def _squared_norms(gradients: list[Tensor], tensor: list[int], start: list[int], count: list[int]) -> Tensor:
+    return _native_norms(_table(tensor, start, count, gradients[0].device, gradients=gradients), count, gradients[0])
+
+
 @_squared_norms.register_fake
-def _(gradients: list[Tensor], tensor: list[int], start: list[int], count: list[int], backend: str) -> Tensor:
+def _(gradients: list[Tensor], tensor: list[int], start: list[int], count: list[int]) -> Tensor:
     return gradients[0].new_empty(len(count))
 
 
-@torch.library.custom_op(
-    "xkd_kernels::adamw_ema", mutates_args=("parameters", "gradients", "firsts", "seconds", "teachers", "copies")
-)
+@torch.library.custom_op("xkd_kernels::adamw_ema", mutates_args=("parameters", "firsts", "seconds", "teachers", "copies"))
 def _adamw_ema(
     parameters: list[Tensor],
     gradients: list[Tensor],
@@ -291,38 +430,15 @@ def _adamw_ema(
     follow: list[float],
     copies: list[Tensor],
     copied: list[int],
-    backend: str,
 ) -> None:
-    if backend == "native":
-        table = _table(
-            tensor, start, count,
-            parameters=parameters, gradients=gradients, firsts=firsts, seconds=seconds,
-            teachers=dict(zip(taught, teachers)), copies=dict(zip(copied, copies)),
-            keep=[1 - lr * decay for decay in weight_decays], follow=dict(zip(taught, follow)),
-        )  # fmt: skip
-        options = AdamW(beta1, beta2, eps, lr / (1 - beta1**step), math.sqrt(1 - beta2**step))
-        _native_adamw(table, count, scales.float().contiguous(), options)
-        return
-    whole = _is_whole(gradients, tensor, start, count)
-
-    def pieces(tensors: list[Tensor]) -> list[Tensor]:
-        return tensors if whole else [tensors[i].view(-1).narrow(0, at, n) for i, at, n in zip(tensor, start, count)]
-
-    p, g, m, v = pieces(parameters), pieces(gradients), pieces(firsts), pieces(seconds)
-    torch._foreach_mul_(g, list(scales.to(g[0].dtype).unbind()))
-    for decay in sorted({weight_decays[i] for i in tensor}):
-        own = [j for j, i in enumerate(tensor) if weight_decays[i] == decay]
-        steps = [torch.full((), float(step), device=scales.device)] * len(own)  # read only
-        torch._fused_adamw_(
-            [p[j] for j in own], [g[j] for j in own], [m[j] for j in own], [v[j] for j in own], [], steps,
-            lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
-        )  # fmt: skip
-    of, copy_of = dict(zip(taught, zip(teachers, follow))), dict(zip(copied, copies))
-    moved = [(j, i, at, n) for j, (i, at, n) in enumerate(zip(tensor, start, count)) if i in of]
-    followed = [of[i][0].view(-1).narrow(0, at, n) for _, i, at, n in moved]
-    _follow(followed, [p[j].view(-1) for j, *_ in moved], [of[i][1] for _, i, _, _ in moved])
-    halves = [(copy_of[i].view(-1).narrow(0, at, n), t) for (_, i, at, n), t in zip(moved, followed) if i in copy_of]
-    _copy([half for half, _ in halves], [t for _, t in halves])
+    table = _table(
+        tensor, start, count, scales.device,
+        parameters=parameters, gradients=gradients, firsts=firsts, seconds=seconds,
+        teachers=(teachers, taught), copies=(copies, copied),
+        keep=[1 - lr * decay for decay in weight_decays], follow=(follow, taught),
+    )  # fmt: skip
+    options = AdamW(beta1, beta2, eps, lr / (1 - beta1**step), math.sqrt(1 - beta2**step))
+    _native_adamw(table, count, scales.float().contiguous(), options)
 
 
 @_adamw_ema.register_fake
@@ -331,25 +447,13 @@ def _(*arguments: object) -> None:
 
 
 @torch.library.custom_op("xkd_kernels::ema", mutates_args=("teachers", "copies"))
-def _ema(
-    teachers: list[Tensor],
-    students: list[Tensor],
-    follow: list[float],
-    copies: list[Tensor],
-    copied: list[int],
-    backend: str,
-) -> None:
-    if backend == "native":
-        whole = Segments.whole(teachers)
-        table = _table(
-            whole.tensor, whole.start, whole.count,
-            parameters=students, teachers=dict(enumerate(teachers)), copies=dict(zip(copied, copies)),
-            follow=dict(enumerate(follow)),
-        )  # fmt: skip
-        _native_ema(table, whole.count, teachers[0])
-        return
-    _follow(teachers, students, follow)
-    _copy(copies, [teachers[i] for i in copied])
+def _ema(teachers: list[Tensor], students: list[Tensor], follow: list[float], copies: list[Tensor], copied: list[int]) -> None:
+    whole, every = Segments.whole(teachers), list(range(len(teachers)))
+    table = _table(
+        whole.tensor, whole.start, whole.count, teachers[0].device,
+        parameters=students, teachers=(teachers, every), copies=(copies, copied), follow=(follow, every),
+    )  # fmt: skip
+    _native_ema(table, whole.count, teachers[0])
 
 
 @_ema.register_fake
@@ -357,54 +461,43 @@ def _(*arguments: object) -> None:
     return None
 
 
-def _is_whole(tensors: list[Tensor], tensor: list[int], start: list[int], count: list[int]) -> bool:
-    """Whether every tensor is one segment, in order."""
-    return tensor == list(range(len(tensors))) and not any(start) and all(t.numel() == n for t, n in zip(tensors, count))
-
-
-def _follow(teachers: list[Tensor], students: list[Tensor], follow: list[float]) -> None:
-    for weight in sorted(set(follow)):
-        own = [i for i, each in enumerate(follow) if each == weight]
-        torch._foreach_lerp_([teachers[i] for i in own], [students[i] for i in own], weight)
-
-
-def _copy(copies: list[Tensor], teachers: list[Tensor]) -> None:
-    if copies:
-        torch._foreach_copy_(copies, [teacher.view_as(copy) for copy, teacher in zip(copies, teachers)])
-
-
-# ------------------------------------------------------------------------------------------------------------- compiled code
-
-
 def _table(
     tensor: list[int],
     start: list[int],
     count: list[int],
+    device: torch.device,
     *,
     parameters: list[Tensor] | None = None,
     gradients: list[Tensor] | None = None,
     firsts: list[Tensor] | None = None,
     seconds: list[Tensor] | None = None,
-    teachers: dict[int, Tensor] | None = None,
-    copies: dict[int, Tensor] | None = None,
+    teachers: tuple[list[Tensor], list[int]] = ([], []),
+    copies: tuple[list[Tensor], list[int]] = ([], []),
     keep: list[float] | None = None,
-    follow: dict[int, float] | None = None,
+    follow: tuple[list[float], list[int]] = ([], []),
 ) -> Tensor:
-    """The array of ``xkd_segment`` of the header, [segments, 8] 64-bit words on the CPU."""
+    """The array of ``xkd_segment`` of the header, [segments, 8] 64-bit words in the host's memory, pinned for a GPU.
 
-    def addresses(tensors: list[Tensor] | dict[int, Tensor] | None) -> dict[int, tuple[int, int]]:
-        pairs = tensors.items() if isinstance(tensors, dict) else enumerate(tensors or ())
-        return {i: (each.data_ptr(), each.element_size()) for i, each in pairs}
-
-    places = [addresses(each) for each in (parameters, gradients, firsts, seconds, teachers, copies)]
-    nowhere = (0, 0)
-    rows = [
-        [*(base + size * at for base, size in (each.get(i, nowhere) for each in places)), n, 0]
-        for i, at, n in zip(tensor, start, count)
-    ]
-    table = torch.tensor(rows, dtype=torch.int64)
-    numbers = [[keep[i] if keep else 1.0, (follow or {}).get(i, 0.0)] for i in tensor]
-    table[:, 7:].view(torch.float32).copy_(torch.tensor(numbers, dtype=torch.float64))
+    Column by column, because row by row takes Python longer than a GPU takes for the step. ``teachers``, ``copies`` and
+    ``follow`` are given with the places of the tensors that they belong to.
+    """
+    of, begin, size = torch.tensor(tensor), torch.tensor(start), len(parameters or gradients or ())
+    table = torch.zeros(len(tensor), 8, dtype=torch.int64, pin_memory=device.type == "cuda")
+    whole = [(each, None) for each in (parameters, gradients, firsts, seconds)]
+    for column, (tensors, places) in enumerate([*whole, teachers, copies]):
+        if not tensors:
+            continue
+        bases = torch.tensor([each.data_ptr() for each in tensors])
+        if places is not None:
+            bases = torch.zeros(size, dtype=torch.int64).index_copy_(0, torch.tensor(places), bases)
+        addresses = bases[of]
+        table[:, column] = torch.where(addresses == 0, 0, addresses + begin * tensors[0].element_size())
+    table[:, 6] = torch.tensor(count)
+    numbers = table[:, 7:].view(torch.float32)
+    numbers[:, 0] = torch.tensor(keep, dtype=torch.float64)[of] if keep else 1.0
+    if follow[0]:
+        weights = torch.tensor(follow[0], dtype=torch.float64)
+        numbers[:, 1] = torch.zeros(size, dtype=torch.float64).index_copy_(0, torch.tensor(follow[1]), weights)[of]
     return table
 
 
@@ -413,8 +506,8 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def _on_device(table: Tensor, device: torch.device) -> Tensor:
-    """The table in the device's memory, copied without waiting for it."""
-    return table.pin_memory().to(device, non_blocking=True)
+    """The pinned table in the device's memory, copied without waiting for it; its own is not used again before that is done."""
+    return table.to(device, non_blocking=True)
 
 
 def _stream(device: torch.device) -> ctypes.c_void_p:

@@ -4,11 +4,12 @@ ranks, with and without accumulation, in every precision and by every implementa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from tests.distributed import run_ranks
 from tests.engine.engine_ranks import BATCH, CLIP_NORM, EPS, STEPS, WEIGHT_DECAY, Cell, cell_options, moment
 from tests.tiny import part_of, random_batch
 from xkd_fast import reference
+from xkd_fast.engine.engine import Engine
+from xkd_fast.engine.loss_scale import LossScale
 from xkd_fast.model.build import build_model
 from xkd_fast.weights import read_safetensors
 
@@ -38,12 +41,17 @@ CORE = {
         Cell(0, update="torch"),
         Cell(1, update="torch"),
         Cell(1, offload=True),
+        Cell(1, offload=True, precision="float16", overflow=True),
         Cell(3, checkpointing=True),
     ],
     4: [Cell(1), Cell(3, accumulation=4)],
 }
 REST = {
-    1: [Cell(stage, accumulation=accumulation) for stage in (1, 2, 3) for accumulation in (1, 4)],
+    1: [
+        *(Cell(stage, accumulation=accumulation) for stage in (1, 2, 3) for accumulation in (1, 4)),
+        *(Cell(stage, accumulation=accumulation, precision="bfloat16") for stage in range(4) for accumulation in (1, 4)),
+        Cell(0, accumulation=4),
+    ],
     2: [
         *(Cell(stage, accumulation=4) for stage in range(4)),
         *(Cell(stage, accumulation=4, precision="bfloat16") for stage in range(4)),
@@ -51,11 +59,13 @@ REST = {
         *(Cell(stage, accumulation=4, precision="float16", overflow=True) for stage in (2, 3)),
         *(Cell(stage, update=update) for stage in (0, 2, 3) for update in ("deepspeed_cpu", "deepspeed_fused")),
         *(Cell(stage, offload=True) for stage in (2, 3)),
+        *(Cell(stage, offload=True, precision="float16", overflow=True) for stage in (2, 3)),
+        *(Cell(stage, offload=True, update="deepspeed_cpu") for stage in (1, 2, 3)),
         Cell(2, precision="bfloat16"),
     ],
     4: [
         *(Cell(stage, accumulation=accumulation) for stage in (0, 2) for accumulation in (1, 4)),
-        *(Cell(stage, precision="bfloat16") for stage in range(4)),
+        *(Cell(stage, accumulation=accumulation, precision="bfloat16") for stage in range(4) for accumulation in (1, 4)),
         Cell(1, accumulation=4),
         Cell(3),
         Cell(2, scope="global"),
@@ -72,7 +82,7 @@ def all_cells() -> Iterator[object]:
 
 
 @pytest.fixture(scope="module")
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Path]]:
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """By world size, the folder with the final states of the cells that this session runs, in one process group."""
     chosen: dict[int, list[Cell]] = {}
     for item in request.session.items:
@@ -84,20 +94,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         folders[world_size] = tmp_path_factory.mktemp(f"engine-{world_size}")
         (folders[world_size] / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
         run_ranks(["-m", "tests.engine.engine_ranks", str(folders[world_size])], world_size)
-    yield folders
-    show_table(request.config.pluginmanager.get_plugin("terminalreporter"))
-
-
-def show_table(reporter: pytest.TerminalReporter | None) -> None:
-    """Print how far each cell was off; a process that only runs tests for another one has nowhere to."""
-    if reporter is None or not _TABLE:
-        return
-    reporter.write_line(f"\n{'ranks':>5}  {'cell':58} {'error':>8} {'of movement':>12}  largest in")
-    for world_size, name, error, worst, of_movement in _TABLE:
-        reporter.write_line(f"{world_size:5}  {name:58} {error:8.1e} {of_movement:12.1e}  {worst}")
-
-
-_TABLE: list[tuple[int, str, float, str, float]] = []
+    return folders
 
 
 @cache
@@ -150,7 +147,9 @@ def gradient_norm(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("world_size", "cell"), list(all_cells()))
-def test_every_cell_equals_one_plain_process(world_size: int, cell: Cell, trained: dict[int, Path]) -> None:
+def test_every_cell_equals_one_plain_process(
+    world_size: int, cell: Cell, trained: dict[int, Path], record_property: Callable[[str, object], None]
+) -> None:
     """Red if clipping, decay groups, freezing, unscaling, EMA, centres, averaging over ranks or accumulation differ."""
     parts = cell.accumulation if cell.scope == "global" else world_size * cell.accumulation
     plain = Cell(variant=cell.variant, precision=cell.precision, implementation=cell.implementation, fp8=cell.fp8)
@@ -165,7 +164,7 @@ def test_every_cell_equals_one_plain_process(world_size: int, cell: Cell, traine
     of_movement = {name: far[name] / move for name, move in moves.items() if move > 0}
     assert all(far[name] == 0 for name, move in moves.items() if move == 0)
     worst, most = (max(each, key=lambda name: each[name]) for each in (errors, of_movement))
-    _TABLE.append((world_size, cell.name, errors[worst], worst, of_movement[most]))
+    record_property("engine_cell", [world_size, cell.name, errors[worst], worst, of_movement[most]])  # for tests/conftest.py
     kind = "fp8" if cell.fp8 else cell.precision
     assert errors[worst] <= TOLERANCE[kind], f"{worst}: {errors[worst]:.1e}"
     assert of_movement[most] <= OF_MOVEMENT[kind], f"{most}: {of_movement[most]:.1e} of its movement"
@@ -182,6 +181,51 @@ def test_the_steps_move_everything_by_far_more_than_the_tolerance(variant: str) 
         if moved < 30 * TOLERANCE["float32"] and "temperature" not in name and "prototype_scale" not in name:
             still.append((name, moved))
     assert not still
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """What the last of three ranks met: three do not divide most tensors, so it has padding."""
+    folder = tmp_path_factory.mktemp("memory")
+    run_ranks(["-m", "tests.engine.memory_ranks", str(folder)], world_size=3)
+    return json.loads((folder / "memory.json").read_text())
+
+
+def test_zero_1_keeps_no_second_copy_of_the_weights(memory: dict[str, int]) -> None:
+    """Red if anything of DeepSpeed's still looks at the partition that was replaced: at the base model 825 MB per copy."""
+    assert memory["partitions_left"] == 0
+
+
+def test_padding_that_nobody_writes_is_not_read(memory: dict[str, int]) -> None:
+    """Red if memory as it was found enters distances, or stops a healthy run as spoiled weights; or a weight is left out."""
+    assert memory.pop("in_shares") > 0, "there was no padding, or it was not filled"
+    assert (memory["in_weights"], memory["in_distances"], memory["weights_missed"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("watches_overflow", [True, False])
+def test_a_step_that_deepspeed_leaves_out_moves_nothing(watches_overflow: bool) -> None:
+    """Red if teachers, centres and schedules move on after a step that the optimiser was never asked to take."""
+    engine = Engine.__new__(Engine)
+    engine.deepspeed = SimpleNamespace(is_gradient_accumulation_boundary=lambda: True, step=lambda: None)
+    engine.optimizer = SimpleNamespace(skipped=False, watches_overflow=watches_overflow)  # type: ignore[assignment]
+    engine.loss_scale = LossScale(1024.0)
+    if watches_overflow:
+        assert not engine.step() and engine.loss_scale.value == 512
+    else:
+        with pytest.raises(RuntimeError, match="left out an optimiser step"):
+            engine.step()
+
+
+def test_the_table_is_printed_where_other_processes_run_the_cells() -> None:
+    """Red if the matrix stays in a process of ``pytest -n 2``, or a cell is printed once per phase of its test."""
+    from tests.conftest import pytest_terminal_summary
+
+    lines: list[str] = []
+    row = ("engine_cell", [2, "stage_1", 3e-7, "total", 4e-5])
+    reports = [SimpleNamespace(when=when, user_properties=[row]) for when in ("call", "teardown")]
+    stats = {"passed": reports[:1], "": reports[1:], "warnings": [SimpleNamespace()]}
+    pytest_terminal_summary(SimpleNamespace(stats=stats, write_line=lines.append))  # type: ignore[arg-type]
+    assert [line.split() for line in lines[1:]] == [["2", "stage_1", "3.0e-07", "4.0e-05", "total"]]
 
 
 def test_every_implementation_of_the_update_is_in_the_matrix() -> None:

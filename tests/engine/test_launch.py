@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -140,3 +141,26 @@ def test_a_build_of_another_process_is_told_of(
             continue
         with pytest.raises(UserError, match=rf"{lock} exists; no build takes that long.*remove that file"):
             tell_of_other_build()
+
+
+def test_a_rank_takes_its_own_gpu_before_it_talks_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if the first collective, or the model, goes to the first GPU on every rank: no run on several GPUs would start."""
+    import deepspeed
+    from deepspeed import accelerator
+
+    met: list[object] = []
+    gpus = SimpleNamespace(device_name=lambda: "cuda", device_count=lambda: 4, set_device=lambda index: met.append(index))
+    monkeypatch.setattr(accelerator, "get_accelerator", lambda: gpus)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: met.append("process group"))
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "barrier", lambda: met.append("barrier"))
+    monkeypatch.setattr("xkd_fast.engine.launch._unlink_shared_buffer", lambda: None)
+    variables = {"RANK": "7", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    start_deepspeed("cpu")
+    assert met == [3, "process group", "barrier"]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="starts 8 ranks, but torch sees 4 GPUs here; start one rank per GPU"):
+        start_deepspeed("cpu")

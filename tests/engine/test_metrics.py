@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny import random_batch, tiny_options
 from xkd_fast.config import load_config
@@ -227,6 +229,95 @@ def test_a_memory_record_needs_a_gpu(single_rank: None, tmp_path: Path) -> None:
     with MemoryRecord(tmp_path, None, torch.device("cpu")) as record:
         record.after(5)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the allocator's record was asked to do, without a GPU."""
+    met: list[str] = []
+    memory = torch.cuda.memory
+    monkeypatch.setattr(memory, "_record_memory_history", lambda enabled="all", **_: met.append("on" if enabled else "off"))
+    monkeypatch.setattr(memory, "_dump_snapshot", lambda path: met.append(Path(path).name))
+    return met
+
+
+def test_a_memory_record_is_written_once(single_rank: None, tmp_path: Path, recorded: list[str]) -> None:
+    """Red if running out of memory later replaces the snapshot by one without history, or before it writes none."""
+    with pytest.raises(torch.OutOfMemoryError), MemoryRecord(tmp_path, 2, torch.device("cuda")) as record:
+        record.expect(1, 3)
+        for step in (1, 2, 3):
+            record.after(step)
+        raise torch.OutOfMemoryError
+    assert recorded == ["on", "memory-00000.pickle", "off"]
+    recorded.clear()
+    with pytest.raises(torch.OutOfMemoryError), MemoryRecord(tmp_path, 2, torch.device("cuda")):
+        raise torch.OutOfMemoryError
+    assert recorded == ["on", "memory-00000.pickle", "off"]
+
+
+@pytest.mark.parametrize(("first", "last"), [(6, 9), (1, 4)])
+def test_a_memory_record_of_a_step_that_never_comes_is_refused(
+    first: int, last: int, single_rank: None, tmp_path: Path, recorded: list[str]
+) -> None:
+    """Red if a resumed or a shorter run records to its end and writes nothing."""
+    with MemoryRecord(tmp_path, 5, torch.device("cuda")) as record, pytest.raises(UserError) as error:
+        record.expect(first, last)
+    assert f"memory_snapshot = 5 is none of the steps that this run takes, {first} to {last}" in str(error.value)
+    with MemoryRecord(tmp_path, None, torch.device("cuda")) as record:
+        record.expect(first, last)
+
+
+def test_the_norm_stays_where_it_is(single_rank: None) -> None:
+    """Red if offloaded gradients' norm goes to the GPU at every step: the host would wait for the copy."""
+    losses = SimpleNamespace(terms=lambda: {"total": torch.ones((), device="meta")})
+    engine = SimpleNamespace(optimizer=SimpleNamespace(gradient_norm=lambda: torch.tensor(math.nan)))
+    collected = metrics.StepMetrics(engine)
+    moved: list[str] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if "copy" in function.overloadpacket.__name__ and torch.device((kwargs or {}).get("device", "cpu")).type != "cpu":
+                moved.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Copies():
+        for step in (1, 2):
+            collected.add(losses)
+            collected.end_step(step)
+            collected.begin_step()
+    assert not moved
+
+
+def test_tensorboard_holds_what_was_logged(tmp_path: Path) -> None:
+    """Red if TensorBoard's file cannot be read back, or its values stand at other steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = load_config("demo", ["log.jsonl=false"])
+    written = log.MetricLog()
+    written.open(tmp_path, config, resumed_at=0)
+    for step in (10, 20):
+        written.write({"step": step, "total": step / 8, "mfu": 0.5})
+    written.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in read.Scalars("total")] == [(10, 1.25), (20, 2.5)]
+    assert sorted(read.Tags()["scalars"]) == ["mfu", "total"]
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if every resumption starts a new curve, or a new run goes on in an old one's."""
+    asked: list[str | None] = []
+
+    def init(**options: object) -> SimpleNamespace:
+        asked.append(options["id"])  # type: ignore[arg-type]
+        return SimpleNamespace(id=options["id"] or f"made-{len(asked)}", log=lambda *_, **__: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = load_config("demo", ["log.jsonl=false", "log.tensorboard=false", "log.wandb=true"])
+    for resumed_at in (0, 5, 9, 0, 3):
+        written = log.MetricLog()
+        written.open(tmp_path, config, resumed_at=resumed_at)
+        written.close()
+    assert asked == [None, "made-1", "made-1", None, "made-4"]
 
 
 def test_resumed_log_drops_later_and_torn_rows(tmp_path: Path) -> None:

@@ -311,3 +311,26 @@ def test_the_choice_of_an_update_is_told_and_what_cannot_run_is_refused():
     with pytest.raises(UserError, match=r"moves parameters in host memory: set train.offload_optimizer=true"):
         choose_update("deepspeed_cpu", torch.device("cuda"), BETAS, EPS)
     assert "not installed" in obstacle("apex", torch.device("cuda"))
+
+
+def test_the_compiled_operator_is_what_asking_for_it_gives(monkeypatch, tmp_path):
+    """PyTorch's operators under the name of ours on a GPU where ours has not been measured; or a missing library in silence."""
+    from xkd_kernels import backends
+
+    monkeypatch.setattr(backends.native, "missing", lambda device_type: None)
+    update, reason = choose_update("xkd", torch.device("cuda"), BETAS, EPS)
+    assert (update.backend, reason) == ("native", "asked for")
+    monkeypatch.undo()
+    monkeypatch.setenv("XKD_NATIVE", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"implementation = xkd cannot run here: .*cpu.so has not been built; install .*=auto or"
+    ):
+        choose_update("xkd", torch.device("cpu"), BETAS, EPS)
+
+
+def test_deepspeeds_fused_optimiser_is_refused_for_offloaded_states(monkeypatch):
+    """Tensors of the host handed to a CUDA kernel."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    with pytest.raises(UserError, match=r"deepspeed_fused cannot run here: .* states are in host memory: take deepspeed_cpu"):
+        choose_update("deepspeed_fused", torch.device("cpu"), BETAS, EPS)

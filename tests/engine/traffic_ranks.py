@@ -28,7 +28,7 @@ def places(cell: Cell, deepspeed: Any) -> list[str]:
     config = cell_config(cell, 1)
     engine = Engine(build_model(config.model, seed=1), config, deepspeed)
     state = TrainState(0, 0, BATCH, 0, BATCH, 1, cell.stage)
-    traffic = HostTraffic(allowed=("lift_fresh", "lift_fresh_copy"))  # on the host: tables of pointers, counts of steps
+    traffic = HostTraffic()
     with Reporter(config, engine, state, Schedule(config, 100), StepCost(1.0, 1.0)) as reporter:
         for step in range(STEPS):
             views, masks = random_batch(config.model, BATCH, seed=step, dtype=torch.float32)
@@ -43,9 +43,24 @@ def places(cell: Cell, deepspeed: Any) -> list[str]:
     return traffic.places
 
 
+def watch_waiting() -> None:
+    """From now on whoever waits for a device, an event or a stream is noted by the :class:`HostTraffic` that is active."""
+    from deepspeed.accelerator import get_accelerator
+
+    waits = (
+        (get_accelerator(), "synchronize"),
+        (torch.cuda, "synchronize"),
+        (torch.cuda.Event, "synchronize"),
+        (torch.cuda.Stream, "synchronize"),
+    )
+    for owner, name in waits:
+        setattr(owner, name, lambda *_, **__: HostTraffic.note("synchronize"))
+
+
 def main(folder: Path) -> None:
     """Write the places of every cell that ``cells.json`` lists."""
     deepspeed = start_deepspeed()
+    watch_waiting()
     cells = [Cell(**values) for values in json.loads((folder / "cells.json").read_text())]
     (folder / "places.json").write_text(json.dumps({cell.name: places(cell, deepspeed) for cell in cells}))
 

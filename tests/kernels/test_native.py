@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -34,7 +35,7 @@ def test_sanitizers_find_nothing(threads: int, tmp_path: Path) -> None:
     """Red if a number beyond a segment is read or written, an integer overflows, or a size that is no multiple goes wrong."""
     program = tmp_path / "sanitized"
     driver = Path(__file__).with_name("adamw_ema_sanitized.cpp")
-    options = ("-O1", "-g", "-DXKD_PORTABLE", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}")
+    options = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}")
     run([COMPILER, *FLAGS, *options, driver, SOURCES / "adamw_ema_cpu.cpp", "-o", program])
     run([program, threads], env={**os.environ, "ASAN_OPTIONS": "detect_leaks=1"})
 
@@ -48,7 +49,7 @@ def test_sanitizers_would_find_a_number_too_far(tmp_path: Path) -> None:
     assert broken != source
     (tmp_path / "broken.cpp").write_text(broken)
     driver, program = Path(__file__).with_name("adamw_ema_sanitized.cpp"), tmp_path / "broken"
-    options = ("-O1", "-g", "-DXKD_PORTABLE", "-fsanitize=address,undefined", f"-I{SOURCES}")
+    options = ("-O1", "-g", "-fsanitize=address,undefined", f"-I{SOURCES}")
     run([COMPILER, *FLAGS, *options, driver, tmp_path / "broken.cpp", "-o", program])
     done = subprocess.run([program, "2"], capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
@@ -121,6 +122,63 @@ def test_cmake_builds_what_the_package_loads(tmp_path: Path) -> None:
     run([CMAKE, "--build", tmp_path])
     backend, _, said, norms, total = answers(tmp_path)
     assert (backend, said) == ("native", []) and (norms, total) == ([160_000.0], 17.5)
+
+
+OLDER = """#!{python}
+import subprocess, sys
+sources = [each for each in sys.argv[1:] if each.endswith((".cpp", ".cxx", ".cc"))]
+definitions = [each for each in sys.argv[1:] if each.startswith(("-D", "-I"))]
+if sources:
+    seen = subprocess.run(["{compiler}", "-E", "-std=c++17", *definitions, *sources], capture_output=True, text=True).stdout
+    if "{unknown}" in seen:
+        sys.exit("error: {unknown} is not known")
+sys.exit(subprocess.call(["{compiler}", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif(COMPILER is None or CMAKE is None, reason="needs cmake and a C++ compiler")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 processor")
+@pytest.mark.parametrize(("unknown", "clones"), [("x86-64-v4", 3), ("target_clones", 0), ("nothing at all", 3)])
+def test_compilers_that_know_fewer_instruction_sets_build_too(unknown: str, clones: int, tmp_path: Path) -> None:
+    """Red if GCC 11, Clang before 18, or a system without functions chosen at load time (musl) gets no operators at all."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(OLDER.format(python=sys.executable, compiler=COMPILER, unknown=unknown))
+    compiler.chmod(0o755)
+    run([CMAKE, "-S", ROOT, "-B", tmp_path / "build", "-DXKD_CUDA=OFF", f"-DCMAKE_CXX_COMPILER={compiler}"])
+    run([CMAKE, "--build", tmp_path / "build"])
+    backend, _, _, norms, total = answers(tmp_path / "build")
+    assert (backend, norms, total) == ("native", [160_000.0], 17.5)
+    if nm := shutil.which("nm"):
+        symbols = run([nm, "-C", tmp_path / "build" / "libxkd_kernels_cpu.so"])
+        versions = {line.split("[clone", 1)[1] for line in symbols.splitlines() if "::ema(" in line and "clone" in line}
+        assert len([each for each in versions if "resolver" not in each]) == clones
+
+
+FAKE_CMAKE = """#!/bin/sh
+case "$*" in
+  *"--target xkd_kernels_cpu"*) exit 1;;
+  *"--target xkd_kernels_cuda"*) touch "$2/libxkd_kernels_cuda.so";;
+esac
+"""
+
+
+def test_what_cannot_be_compiled_costs_nothing_else(tmp_path: Path) -> None:
+    """Red if a failing build for the CPU loses the one for GPUs, or a library of an earlier build passes for a new one."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "xkd_fast", source / "xkd_fast")
+    shutil.copytree(ROOT / "configs", source / "configs")
+    shutil.copytree(ROOT / "kernels", source / "kernels", ignore=shutil.ignore_patterns("*.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    (source / "build" / "native").mkdir(parents=True)
+    (source / "build" / "native" / "libxkd_kernels_cpu.so").write_text("of an earlier build")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "cmake").write_text(FAKE_CMAKE)
+    (tmp_path / "bin" / "cmake").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    told = run([sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "out"], cwd=source, env=environment)
+    assert [path.name for path in (tmp_path / "out" / "xkd_kernels").glob("*.so*")] == ["libxkd_kernels_cuda.so"]
+    assert "xkd_kernels_cpu cannot be compiled" in told
 
 
 @pytest.mark.skipif(COMPILER is None or CMAKE is None, reason="needs cmake and a C++ compiler")

@@ -36,6 +36,10 @@ class Teachers:
 
     A teacher stack shared by the modalities (XKD-MATS) moves once, with the product of both momenta. Where ZeRO 3 has cut the
     tensors into shares (``share_of``), each rank moves its shares, and the copies are made when the whole is there again.
+
+    Attributes:
+        share_of: gives a tensor's share; None where tensors are whole.
+        backend: of ``ema_``, which see.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Teachers:
         self._follow = {"video": 0.0, "audio": 0.0, "shared": 0.0}
         self._moved: set[int] = set()
         self.share_of: Callable[[Tensor], Tensor] | None = None
+        self.backend = "auto"
 
     def set_momenta(self, video: float, audio: float) -> None:
         """The momenta of the coming update."""
@@ -97,6 +102,7 @@ class Teachers:
             [self._share(student) for student, _, _ in rest],
             [self._follow[kind] for _, _, kind in rest],
             copies=[halves.get(id(teacher)) for _, teacher, _ in rest],
+            backend=self.backend,
         )
         self._moved.clear()
         if self._half is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.engine.ema import Teachers
 from xkd_fast.engine.groups import group_parameters
+from xkd_fast.engine.launch import own_device
 from xkd_fast.engine.loss_scale import LossScale
 from xkd_fast.engine.optimizer import ClippedAdamW
 from xkd_fast.engine.schedule import Moment
@@ -50,6 +51,7 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # ours moves parameters in host memory as well
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice per micro-batch
         "zero_optimization": zero,
     }
     if train.zero_stage in (1, 2) and not train.offload_optimizer:
@@ -78,11 +80,9 @@ class Engine:
     """
 
     def __init__(self, model: Any, config: Config, deepspeed: Any) -> None:
-        from deepspeed.accelerator import get_accelerator
-
         train, options = config.train, config.optimizer
         self.module = model
-        self.device = torch.device(get_accelerator().current_device_name())
+        self.device = own_device()
         model.to(self.device)
         if train.precision != "float32" and hasattr(model, "prepare_halves"):
             model.prepare_halves(self.device, getattr(torch, train.precision))
@@ -170,10 +170,13 @@ class Engine:
             UserError: the gradients overflow however small the loss is scaled.
         """
         is_boundary = self.deepspeed.is_gradient_accumulation_boundary()
+        self.optimizer.skipped = True  # until it has moved: DeepSpeed may decide not to call it
         self.deepspeed.step()
         if not is_boundary:
             return False
         applied = not self.optimizer.skipped
+        if not applied and not self.optimizer.watches_overflow:
+            raise RuntimeError("DeepSpeed has left out an optimiser step by itself, which this engine tells it not to")
         if applied:
             self.teachers.follow()
             self._update_centres()

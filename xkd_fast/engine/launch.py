@@ -36,7 +36,8 @@ def start_deepspeed(device: str = "auto") -> Any:
     Ranks come from the environment (``deepspeed``, ``torchrun``); without one, a single process trains alone.
 
     Raises:
-        UserError: ``cuda`` is asked for and there is none, or DeepSpeed's CPU communication cannot be compiled here.
+        UserError: ``cuda`` is asked for and there is none, more ranks than GPUs are started here, or DeepSpeed's CPU
+            communication cannot be compiled here.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device = cuda, but torch sees no GPU here; set train.device=cpu or auto")
@@ -54,11 +55,36 @@ def start_deepspeed(device: str = "auto") -> Any:
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     logging.getLogger("xkd_kernels").setLevel(logging.ERROR)  # rank 0 tells who computes what
+    take_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)
         dist.barrier()
         _unlink_shared_buffer()
     return deepspeed
+
+
+def take_device(local_rank: int) -> None:
+    """Make the ``local_rank``-th GPU this process's own, before a collective or a model would go to the first one.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu" and local_rank >= accelerator.device_count():
+        raise UserError(
+            f"this machine starts {local_world_size()} ranks, but torch sees {accelerator.device_count()} GPUs here; "
+            "start one rank per GPU (deepspeed --num_gpus, torchrun --nproc_per_node)"
+        )
+    accelerator.set_device(local_rank)
+
+
+def own_device() -> torch.device:
+    """Where this rank computes, once DeepSpeed has started."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
 
 
 def _unlink_shared_buffer() -> None:

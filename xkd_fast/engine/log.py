@@ -57,7 +57,7 @@ class MetricLog:
 
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
         if config.log.wandb:
-            self._wandb = start_wandb(directory, config)
+            self._wandb = start_wandb(directory, config, resumed_at)
 
     def write(self, row: dict[str, float]) -> None:
         """Write one row; ``row["step"]`` is its step.
@@ -109,8 +109,12 @@ def require_wandb() -> None:
         raise UserError("log.wandb = true needs the package wandb; install it with: pip install wandb")
 
 
-def start_wandb(directory: Path, config: Config) -> Any:
-    """A Weights & Biases run."""
+def start_wandb(directory: Path, config: Config, resumed_at: int) -> Any:
+    """A Weights & Biases run; the same one again where training goes on. Its id is kept in the run's folder."""
     import wandb
 
-    return wandb.init(dir=str(directory), config=config.as_dict(), resume="allow")
+    path = directory / "wandb-run-id"
+    known = path.read_text(encoding="utf-8").strip() if resumed_at and path.exists() else None
+    run = wandb.init(dir=str(directory), config=config.as_dict(), id=known, resume="allow")
+    write_aside(path, f"{run.id}\n".encode())
+    return run

@@ -13,7 +13,7 @@ ENTRIES = 200_000  # allocations remembered
 
 
 class MemoryRecord:
-    """Records from entering on; the snapshot is written after the step asked for, and where memory runs out."""
+    """Records from entering on; the snapshot is written after the step asked for, or where memory runs out before."""
 
     def __init__(self, folder: Path, step: int | None, device: torch.device) -> None:
         """``step``: after which step; None = nothing is recorded.
@@ -31,14 +31,30 @@ class MemoryRecord:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self._step is not None and isinstance(error, torch.OutOfMemoryError):
+        if self._step is None:
+            return
+        if isinstance(error, torch.OutOfMemoryError):
             self._write()
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+    def expect(self, first: int, last: int) -> None:
+        """Say which steps the run will take: ``first`` to ``last``.
+
+        Raises:
+            UserError: the step to record is not one of them, so nothing would ever be written.
+        """
+        if self._step is not None and not first <= self._step <= last:
+            raise UserError(
+                f"log.memory_snapshot = {self._step} is none of the steps that this run takes, {first} to {last}; name one of "
+                "them, or set it to null"
+            )
 
     def after(self, step: int) -> None:
-        """Write the snapshot if this was the step."""
+        """Write the snapshot if this was the step, and record no more: running out of memory later must not replace it."""
         if step == self._step:
             self._write()
             torch.cuda.memory._record_memory_history(enabled=None)
+            self._step = None
 
     def _write(self) -> None:
         torch.cuda.memory._dump_snapshot(str(self._path))

@@ -28,7 +28,7 @@ class StepMetrics:
         self._engine = engine
         self._names: list[str] = []
         self._values: list[Tensor] = []
-        self._first_bad: Tensor | None = None  # per term, and last the gradient norm
+        self._first_bad: list[Tensor] | None = None  # per term; of the gradient norm, where that is: offloaded, on the host
         self._last: Losses | None = None
 
     def add(self, losses: Losses) -> None:
@@ -41,9 +41,10 @@ class StepMetrics:
     def end_step(self, step: int) -> None:
         """The micro-batches so far were step number ``step`` (counted from 1), whose gradients the optimiser has used."""
         means = torch.stack(self._values).mean(dim=0)
-        values = torch.cat([means, self._engine.optimizer.gradient_norm().float().reshape(1).to(means.device)])
-        first = torch.full_like(values, NEVER, dtype=torch.int64) if self._first_bad is None else self._first_bad
-        self._first_bad = torch.where(values.isfinite(), first, first.clamp(max=step))
+        values = [means, self._engine.optimizer.gradient_norm().float().reshape(1)]
+        never = [torch.full_like(each, NEVER, dtype=torch.int64) for each in values]
+        firsts = zip(values, self._first_bad or never, strict=True)
+        self._first_bad = [torch.where(each.isfinite(), first, first.clamp(max=step)) for each, first in firsts]
         self._values = [means]
 
     def begin_step(self) -> None:
@@ -57,7 +58,8 @@ class StepMetrics:
         """
         if self._first_bad is None:
             return None
-        first = self._first_bad.clone()
+        terms, norm = self._first_bad
+        first = torch.cat([terms, norm.to(terms.device)])
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
         bad = {name: step for name, step in zip([*self._names, GRADIENT_NORM], first.tolist(), strict=True) if step < NEVER}
         if not bad:

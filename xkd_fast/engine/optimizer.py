@@ -48,6 +48,7 @@ class ClippedAdamW(torch.optim.Optimizer):
         inverse_scale: 1 / the factor that the loss was multiplied by.
         watches_overflow: skip a step whose gradients are not all finite. Waits for the device.
         skipped: whether the latest step was.
+        backend: of the norms, as ``squared_norms`` knows it.
         places: of every whole tensor by its ``id``: its group, and its place in it.
     """
 
@@ -63,7 +64,7 @@ class ClippedAdamW(torch.optim.Optimizer):
         """``teachers``: those that the update itself may move, where a student's parameter is whole and on its device."""
         self.clip_norm, self.update, self.teachers = clip_norm, update, teachers
         self.last_layer_frozen = self.watches_overflow = self.skipped = False
-        self.inverse_scale = 1.0
+        self.inverse_scale, self.backend = 1.0, "auto"
         self.squared_norms = self.scales = torch.zeros(0)
         self._groups, self._sizes = groups, [[p.numel() for p in group.parameters] for group in groups]
         starts = [sum(len(group.names) for group in groups[:index]) for index in range(len(groups))]
@@ -153,7 +154,7 @@ class ClippedAdamW(torch.optim.Optimizer):
     def _norms_of_tensors(self, gradients: list[Tensor], segments: Segments, slots: list[int], is_sharded: bool) -> Tensor:
         """Squared norms by slot, of all ranks' pieces where tensors are shared out."""
         count = sum(len(each) for each in self._slots)
-        own = squared_norms(gradients, segments) if segments.count else torch.zeros(0)
+        own = squared_norms(gradients, segments, backend=self.backend) if segments.count else torch.zeros(0)
         found = own.new_zeros(count, device=gradients[0].device if gradients else None)
         if slots:
             found.index_copy_(0, indices_on(slots, found.device), own)  # a rank has at most one piece of a tensor
@@ -166,8 +167,8 @@ class ClippedAdamW(torch.optim.Optimizer):
         if self.clip_norm is None:
             return torch.ones_like(squared)
         if self._clipped_slots is None or self._clipped_slots.device != squared.device:
-            flags = [group.clipped for group in self._groups for _ in group.names]
-            self._clipped_slots = torch.tensor(flags, device=squared.device)
+            flags = [int(group.clipped) for group in self._groups for _ in group.names]
+            self._clipped_slots = indices_on(flags, squared.device).bool()
         scale = (self.clip_norm / (squared.sqrt() + CLIP_EPS)).clamp(max=1.0)
         return torch.where(self._clipped_slots, scale, 1.0)
 

@@ -6,6 +6,7 @@ and for users who trust what they know.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,7 +19,8 @@ from torch import Tensor
 from xkd_fast.engine.groups import indices_on
 from xkd_fast.errors import UserError
 from xkd_kernels import Segments, adamw_ema_, choose
-from xkd_kernels.adamw_ema import OPERATOR
+from xkd_kernels import obstacle as kernel_obstacle
+from xkd_kernels.adamw_ema import OPERATOR, scale_
 
 if TYPE_CHECKING:
     from xkd_fast.engine.ema import Teachers
@@ -138,7 +140,7 @@ class Wrapped(Update):
             shares[number].gradient.view(-1).narrow(0, start, count)
             for number, start, count in zip(segments.tensor, segments.start, segments.count, strict=True)
         ]
-        torch._foreach_mul_(pieces, list(scales.to(pieces[0].dtype).unbind()))
+        scale_(pieces, scales)
         self._inner.state = states
         groups: dict[int, dict[str, Any]] = {}
         for share in shares:
@@ -208,7 +210,15 @@ def obstacle(name: str, device: torch.device) -> str | None:
             return "NVIDIA apex is not installed; build it from source (github.com/NVIDIA/apex, with --cuda_ext)"
     if name == "deepspeed_cpu" and device.type != "cpu":
         return "DeepSpeedCPUAdam moves parameters in host memory: set train.offload_optimizer=true"
+    if name == "deepspeed_fused" and device.type == "cpu" and _deepspeed_is_on_a_gpu():
+        return "DeepSpeed's FusedAdam is compiled for the GPU here, and the states are in host memory: take deepspeed_cpu"
+    if name == "xkd":
+        return kernel_obstacle(device, torch.float32, "native")
     return None
+
+
+def _deepspeed_is_on_a_gpu() -> bool:
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def choose_update(name: str, device: torch.device, betas: tuple[float, float], eps: float) -> tuple[Update, str]:
@@ -222,10 +232,11 @@ def choose_update(name: str, device: torch.device, betas: tuple[float, float], e
         return Xkd(betas, eps), f"{choice.backend} operator, {choice.reason}"
     reason = obstacle(name, device)
     if reason:
-        raise UserError(f"optimizer.implementation = {name} cannot run here: {reason}; or set optimizer.implementation=auto")
+        raise UserError(
+            f"optimizer.implementation = {name} cannot run here: {reason}; or set optimizer.implementation=auto or torch"
+        )
     if name == "xkd":
-        choice = choose(OPERATOR, device, torch.float32, "")
-        return Xkd(betas, eps), f"asked for; {choice.backend} operator, {choice.reason}"
+        return Xkd(betas, eps, backend="native"), "asked for"
     try:
         return UPDATES[name](betas, eps), "asked for"
     except (ImportError, RuntimeError, OSError) as error:  # what compiling an extension may raise

@@ -53,7 +53,12 @@ def arrange(deepspeed: Any, optimizer: ClippedAdamW, teachers: Teachers, stage: 
     """Tell the optimiser and the teachers what DeepSpeed has made of their tensors; to be called once after it started."""
     wrapped = deepspeed.optimizer
     if stage in (1, 2):
-        if not wrapped.cpu_offload:
+        if wrapped.cpu_offload:
+            # it would take a norm that nobody uses, and skip a step without a word where it is not finite; and look at every
+            # gradient, waiting for each
+            wrapped.scaled_global_norm = lambda *_, **__: 0.0
+            wrapped.update_offload_overflow_tracker = lambda gradient: None
+        else:
             _one_copy_of_weights(wrapped)
         optimizer.expect(len(wrapped.bit16_groups), {}, lambda: _publish_partitions(wrapped))
     if stage == 3:
@@ -61,18 +66,37 @@ def arrange(deepspeed: Any, optimizer: ClippedAdamW, teachers: Teachers, stage: 
         optimizer.expect(len(wrapped.fp16_groups), layouts, lambda: _publish_shares(wrapped))
         # it would take a norm that nobody uses, wait for it, and skip a step without a word where it is not finite
         wrapped._get_norm_groups = lambda: [0.0]
-        teachers.share_of = lambda tensor: tensor.ds_tensor.data  # type: ignore[attr-defined]
+        teachers.share_of = _share_of
+
+
+def _share_of(tensor: Tensor) -> Tensor:
+    """This rank's share of a tensor at ZeRO 3, flat, without the padding at its end: nobody ever writes that."""
+    share: Tensor = tensor.ds_tensor.data  # type: ignore[attr-defined]
+    held = tensor.ds_numel - dist.get_rank() * share.numel()  # type: ignore[attr-defined]
+    return share[: max(0, min(share.numel(), held))]
 
 
 def _one_copy_of_weights(wrapped: Any) -> None:
-    """ZeRO 1 and 2 keep float32 weights twice where the model's own are float32: let the partition be a part of the model's."""
+    """ZeRO 1 and 2 keep float32 weights twice where the model's own are float32: let the partition be a part of the model's.
+
+    DeepSpeed's views of the partition that was, one per parameter, would keep its memory; they become views of the new one.
+    """
     rank = dist.get_rank()
-    for partition, parts in zip(
-        wrapped.single_partition_of_fp32_groups, wrapped.parallel_partitioned_bit16_groups, strict=True
+    for partition, parts, parameters in zip(
+        wrapped.single_partition_of_fp32_groups,
+        wrapped.parallel_partitioned_bit16_groups,
+        wrapped.bit16_groups,
+        strict=True,
     ):
         own = parts[rank].data
-        if own.dtype == partition.dtype and own.device == partition.device:
-            partition.data = own
+        if own.dtype != partition.dtype or own.device != partition.device:
+            continue
+        partition.data = own
+        for parameter in parameters:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                place = mapping.hp_fragment_address
+                mapping.hp_fragment = own.narrow(0, place.start, place.numel)
 
 
 @contextmanager
