@@ -12,7 +12,7 @@ from tests.kernels.compare import relative_error
 from xkd_kernels.quantise import bias_gelu_fp8_forward, quantise_rows_forward, residual_layer_norm_fp8_forward
 
 LINEAR = sys.modules["xkd_kernels.fp8_linear"]  # as an attribute of the package it is the function
-E4M3, INFINITY = torch.float8_e4m3fn, torch.tensor(torch.inf)
+E4M3, INFINITY = torch.float8_e4m3fn, torch.tensor(torch.inf, device="cpu")
 FLIPS = 1e-3  # share of numbers so near the middle between two of E4M3 that float32 rounds them to the other one
 OPERATORS = {
     "quantise": (X.quantise_rows, X.naive_quantise_rows, 1),
@@ -70,7 +70,7 @@ def test_agrees_with_the_definition(name, shape, dtype, backend, device):
 
 def all_neighbourhoods():
     """Every number of E4M3, the middles between neighbours, and the next float32 on either side of each."""
-    numbers = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
+    numbers = torch.arange(256, dtype=torch.uint8, device="cpu").view(E4M3).float()
     numbers = numbers[numbers.isfinite()].unique()
     points = torch.cat([numbers, (numbers[1:] + numbers[:-1]) / 2])
     points = torch.cat([points, torch.nextafter(points, INFINITY), torch.nextafter(points, -INFINITY)])
@@ -159,22 +159,23 @@ def test_linear_layer(rows, inputs, outputs, device):
     torch.testing.assert_close(batched[1], X.fp8_linear(*quantised, bias, torch.bfloat16), rtol=1e-2, atol=1e-2)
 
 
-def test_scaled_product_is_called_as_it_wants_to_be(monkeypatch):
+def test_scaled_product_is_called_as_it_wants_to_be(monkeypatch, device):
     """Catches operands, scales, bias or type that torch's scaled product refuses on a GPU, or takes for another scaling."""
     calls, scaled = [], torch._scaled_mm
 
     def scaled_mm(a, b, **more):
         calls.append((a, b, more))
-        if torch.__version__ >= (2, 13):  # the first to have it on a CPU
+        if a.is_cuda or torch.__version__ >= (2, 13):  # the first to have it on a CPU
             return scaled(a, b, **more)
         scales = more["scale_a"], more["scale_b"].t()
         return X.naive_fp8_linear(a, scales[0], b.t(), scales[1], more["bias"], more["out_dtype"])
 
     monkeypatch.setattr(LINEAR, "missing_scaled_product", lambda device: None)
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    q, scale = X.quantise_rows(torch.randn(2, 17, 32))
-    weight, weight_scale = (x.repeat_interleave(2, dim=1)[:, ::2] for x in X.quantise_rows(torch.randn(48, 32)))
-    for bias in (torch.randn(48), None):
+    q, scale = X.quantise_rows(torch.randn(2, 17, 32, device=device))
+    rows = X.quantise_rows(torch.randn(48, 32, device=device))
+    weight, weight_scale = (x.repeat_interleave(2, dim=1)[:, ::2] for x in rows)
+    for bias in (torch.randn(48, device=device), None):
         found = X.fp8_linear(q, scale, weight, weight_scale, bias, torch.bfloat16)
         assert found.shape == (2, 17, 48) and found.dtype == torch.bfloat16
         assert relative_error(found, X.naive_fp8_linear(q, scale, weight, weight_scale, bias, torch.float32)) < 6e-3
