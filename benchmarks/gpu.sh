@@ -4,6 +4,7 @@
 #
 #   bash benchmarks/gpu.sh            on a GPU: the base model at 32 and 128 clips, then single kernels
 #   bash benchmarks/gpu.sh --tune     on a GPU: single kernels alone, after a search for faster launches of each
+#   bash benchmarks/gpu.sh --ablate   on a GPU: the step without one technique at a time alone, at 32 and 128 clips
 #   bash benchmarks/gpu.sh --smoke    anywhere: tiny sizes, benchmarks/results stays as it is; also what happens without a GPU
 #
 # PYTHON names the Python to use (default: python3). XKD_BENCHMARK_SECONDS (default on a GPU: 420): no measurement begins later
@@ -16,8 +17,8 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 python=${PYTHON:-python3}
 begun=$(date +%s)
 
-if [[ $# -gt 1 || ! "${1:---smoke}" =~ ^--(smoke|tune)$ ]]; then
-    echo "error: unknown arguments $*; it takes --smoke or --tune" >&2
+if [[ $# -gt 1 || ! "${1:---smoke}" =~ ^--(smoke|tune|ablate)$ ]]; then
+    echo "error: unknown arguments $*; it takes --smoke, --tune or --ablate" >&2
     exit 2
 fi
 if [[ ! "${XKD_BENCHMARK_SECONDS:-0}" =~ ^[0-9]+$ ]]; then
@@ -37,9 +38,12 @@ if [[ "${1:-}" == --smoke ]] || ! "$python" -c 'import sys, torch; sys.exit(not 
     flags=() seconds=${XKD_BENCHMARK_SECONDS:-86400}
     within() { "${@:2}"; }
 else
-    [[ "${1:-}" != --tune ]] || tests=()
-    # the kernels first; test_resources and test_native compile for GPUs that are not here
-    tests=(tests/kernels tests/model/test_kernels.py "${tests[@]}" --ignore=tests/kernels/test_{resources,native}.py)
+    case "${1:-}" in
+        --tune) tests=(tests/kernels tests/model/test_kernels.py) ;;
+        --ablate) tests=(tests/model/test_fast_model.py) ;;
+        *) tests=(tests/kernels tests/model/test_kernels.py "${tests[@]}") ;; # the kernels first
+    esac
+    tests+=(--ignore=tests/kernels/test_{resources,native}.py) # which compile for GPUs that are not here
     flags=(--benchmark) seconds=${XKD_BENCHMARK_SECONDS:-420}
     # SECONDS COMMAND...: interrupted when so many seconds have passed since the start
     within() {
@@ -80,11 +84,17 @@ further() {
 if [[ "${1:-}" == --tune ]]; then
     echo "further cases of the kernels' tests: left out"
     XKD_BENCHMARK_TUNE=1 bench benchmarks/test_kernels.py
+elif [[ "${1:-}" == --ablate && ${#flags[@]} -gt 0 ]]; then
+    bench benchmarks/test_ablation.py
 else
     bench benchmarks/test_step.py -k xkd-bfloat16
-    bench benchmarks/test_kernels.py benchmarks/test_optimizer.py benchmarks/test_attention.py
+    bench benchmarks/test_{kernels,optimizer,attention,objectives}.py
     bench benchmarks/test_step.py -k "not xkd-bfloat16"
-    [[ ${#flags[@]} -eq 0 ]] || further
+    if [[ ${#flags[@]} -gt 0 ]]; then
+        further
+    else
+        bench benchmarks/test_ablation.py
+    fi
     "$python" -m benchmarks.table "$begun"
 fi
 exit $failed

@@ -182,12 +182,67 @@ def seeds_paragraph() -> str:
     return "\n".join([*lines, "", told, curves])
 
 
+def objectives_paragraph() -> str:
+    """About heads, refinement and losses by themselves."""
+    results = [json.loads(path.read_text()) for path in sorted(record.RESULTS.glob("objectives_*.json"))]
+    if not results:
+        return "Not measured yet."
+    names = {"plain": "the reference's code", "torch": "ours, by PyTorch's operators", "kernels": "ours, by our kernels"}
+    lines = [
+        "Heads, refinement and losses of the base model by themselves, forward and backward, and their share of the fast",
+        "model's whole step (`benchmarks/results/objectives_*.json`; ratios are medians over rounds, with their range):",
+        "",
+        "| device | precision | clips | code | ms | share of a step | faster | launches | kept, MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        for row in result["rows"]:
+            for name, seconds in row["seconds"].items():
+                ratio, share = row["plain_against"][name], seconds["median"] / row["step_seconds"]["median"]
+                faster = "" if name == "plain" else f"{ratio['median']:.2f} × ({ratio['min']:.2f}-{ratio['max']:.2f})"
+                kept = f"{row['saved_bytes'][name] / 2**20:.0f}"
+                cells = [result["device"], row["precision"], row["clips"], names[name], f"{1e3 * seconds['median']:.0f}"]
+                cells += [f"{share:.1%}", faster, row["launches"][name], kept]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def ablation_paragraph() -> str:
+    """About what every technique is worth."""
+    results = [json.loads(path.read_text()) for path in sorted(record.RESULTS.glob("ablation_*.json"))]
+    if not results:
+        return "Not measured yet."
+    lines = [
+        "The fast model's step without one technique, over the step with all of them, and what is then kept for the backward",
+        "pass (`benchmarks/results/ablation_*.json`). Last, techniques that are off by default: the step with them.",
+    ]
+    for result in results:
+        for row in result["rows"]:
+            fast = row["costs"].get("fast", {}).get("saved_bytes")
+            machine = f"{result['precision']}, {row['clips']} clips, {result['device']}"
+            lines += ["", f"| {machine} | time | kept |", "|---|---|---|"]
+            for kind in ("without", "with"):
+                for name in result[kind]:
+                    ratio = row["fast_against"].get(name)
+                    time = (
+                        f"{ratio['median']:.2f} × ({ratio['min']:.2f}-{ratio['max']:.2f})"
+                        if ratio
+                        else untimed(row).get(name, "–")
+                    )
+                    costs = row["costs"].get(name)
+                    kept = f"{costs['saved_bytes'] / fast:.2f} ×" if costs and fast else "–"
+                    lines.append(f"| {kind} {name.removeprefix('fast + ')} | {time} | {kept} |")
+    return "\n".join(lines)
+
+
 PARAGRAPHS = {
     "seeds": seeds_paragraph,
     "flops": flops_paragraph,
     "demo": demo_paragraph,
     "step": step_paragraph,
     "optimizer": optimizer_paragraph,
+    "objectives": objectives_paragraph,
+    "ablation": ablation_paragraph,
 }
 
 

@@ -42,7 +42,7 @@ def test_gpu_script_runs_to_its_end_without_a_gpu(tmp_path: Path) -> None:
     command = ["bash", "benchmarks/gpu.sh", "--smoke"]
     done = subprocess.run(command, cwd=ROOT, env=without(tmp_path, ABSENT), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert done.stdout.count(" passed") == 4 and "peak memory" in done.stdout and "bias_gelu, small, backward: " in done.stdout
+    assert done.stdout.count(" passed") == 5 and "peak memory" in done.stdout and "bias_gelu, small, backward: " in done.stdout
     rows = [line for line in done.stdout.splitlines() if " tiny, " in line and "× reference" in line and "× strong" in line]
     assert len(rows) == 6 and done.stdout.rstrip().endswith(rows[-1])
     assert times() == before
@@ -64,7 +64,8 @@ def test_gpu_script_with_a_gpu(tmp_path: Path) -> None:
     assert all(400 < int(bench.split("|")[0]) <= 420 and "--benchmark" in bench for bench in benches)
     step, kernels, rest = (bench.split("|")[2] for bench in benches)
     assert step.split("benchmarks/")[1:] == ["test_step.py -k xkd-bfloat16 --benchmark"]
-    assert kernels.split("benchmarks/")[1:] == ["test_kernels.py ", "test_optimizer.py ", "test_attention.py --benchmark"]
+    others = ["test_kernels.py ", "test_optimizer.py ", "test_attention.py ", "test_objectives.py --benchmark"]
+    assert kernels.split("benchmarks/")[1:] == others
     assert rest.split("benchmarks/")[1:] == ["test_step.py -k not xkd-bfloat16 --benchmark"]
     assert "-m benchmarks.table 1" in last
     done = subprocess.run([*command, "--tune"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
@@ -72,6 +73,10 @@ def test_gpu_script_with_a_gpu(tmp_path: Path) -> None:
     assert "left out" in left_out
     assert done.returncode == 0 and "tests/kernels" in tests and "test_graphs" not in tests
     assert "|1|" in bench and "benchmarks/test_kernels.py --benchmark" in bench
+    done = subprocess.run([*command, "--ablate"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    tests, bench = done.stdout.splitlines()[2:]
+    assert done.returncode == 0 and "tests/model/test_fast_model.py" in tests
+    assert "benchmarks/test_ablation.py --benchmark" in bench
 
 
 def test_benchmarks_need_no_numpy(tmp_path: Path) -> None:
