@@ -83,7 +83,7 @@ lint: $(STAMP)
 	@$(BIN)/mypy
 
 bench: $(STAMP)
-	@$(BIN)/python -m pytest benchmarks --benchmark $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest benchmarks --benchmark -s -rs $(PYTEST_ARGS)
 
 clean:
 	@[ ! -e $(VENV) ] || [ -e $(VENV)/pyvenv.cfg ] || [ $(VENV) = .venv ] || { echo "error: VENV=$(VENV) is no virtual environment, so it stays" >&2; exit 1; }

@@ -72,7 +72,11 @@ setup(
     packages=[*find_packages(include=["xkd_fast", "xkd_fast.*"]), "xkd_fast.configs", "xkd_kernels"],
     # The wheel carries configs/ inside the package; a checkout reads the folder at the top (xkd_fast.config.shipped_configs).
     package_dir={"xkd_fast.configs": "configs", "xkd_kernels": "kernels/xkd_kernels"},
-    package_data={"xkd_fast": ["py.typed"], "xkd_fast.configs": ["*.yaml", "*.json"], "xkd_kernels": ["py.typed", "*.json"]},
+    package_data={
+        "xkd_fast": ["py.typed", "model/*.json"],
+        "xkd_fast.configs": ["*.yaml", "*.json"],
+        "xkd_kernels": ["py.typed", "*.json"],
+    },
     ext_modules=[Extension("xkd_kernels.native", sources=[])],  # what it is built from, CMakeLists.txt says
     cmdclass={"build_ext": BuildOperators, "bdist_wheel": PlatformWheel},
 )

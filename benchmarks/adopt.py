@@ -2,9 +2,11 @@
 
 Reads every ``benchmarks/results/kernels_*.json`` and writes ``kernels/xkd_kernels/measured.json`` (who computes an operator on
 which device) and ``tuned.json`` (how its kernels are launched there). Triton computes where its forward and backward pass
-together take less time than those of every rival; a launch is taken up where it was faster than the default. Cases that share
-operator, type and shape class decide together. From ``optimizer_cuda.json`` likewise: the optimiser's compiled operator where
-it beats every rival.
+together take less time than those of every rival; where one is faster, PyTorch computes and the rival is named. A launch is
+taken up where it was faster than the default. Cases that share operator, type and shape class decide together. From
+``optimizer_cuda.json`` likewise: the optimiser's compiled operator where it beats every rival. From ``step_cuda_xkd_*.json`` it
+writes ``xkd_fast/model/measured_steps.json``: the switches of the fast model (compile, teacher_stream, cuda_graph) that make
+its step the fastest, by device, precision and clips.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.tuning import GAIN
+from xkd_fast.model.switches import MEASURED as MEASURED_STEPS
 from xkd_kernels.adamw_ema import OPERATOR
 from xkd_kernels.backends import MEASURED
 from xkd_kernels.configurations import TUNED
@@ -28,7 +31,7 @@ Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # by device, operator o
 
 
 def winners(results: Iterable[dict[str, Any]]) -> Table:
-    """Who computes each operator: "triton" or "torch"."""
+    """Who is the fastest at each operator: "triton", "torch", or a rival that is neither, such as "compiled"."""
     passes: dict[Place, list[dict[str, float]]] = defaultdict(list)
     for result in results:
         for row in result["rows"]:
@@ -36,7 +39,8 @@ def winners(results: Iterable[dict[str, Any]]) -> Table:
             for seconds in row["seconds"].values():
                 passes[place].append({name: spread["median"] for name, spread in seconds.items()})
     totals = {place: _totals(seconds) for place, seconds in passes.items()}
-    return _table({place: "triton" if _least(total) == "fused" else "torch" for place, total in totals.items()})
+    fastest = {place: _least(total) for place, total in totals.items()}
+    return _table({place: "triton" if name == "fused" else name for place, name in fastest.items()})
 
 
 def optimizers(results: Iterable[dict[str, Any]]) -> Table:
@@ -46,6 +50,19 @@ def optimizers(results: Iterable[dict[str, Any]]) -> Table:
         wins = result["backend"] == "native" and all(rival["ratio"]["median"] > 1 for rival in result["rivals"].values())
         found[result["gpu"], OPERATOR, "float32", ""] = "native" if wins else "torch"
     return _table(found)
+
+
+def switches(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, list[str]]]]:
+    """The fast model's switches that are on in its fastest step, by device, precision and clips."""
+    found: dict[str, dict[str, dict[str, list[str]]]] = {}
+    for result in results:
+        for row in result["rows"]:
+            took = {name: ratio["median"] for name, ratio in row["fast_against"].items() if name.startswith("fast + ")}
+            best = min(took, key=lambda name: took[name], default="fast")
+            wins = best in took and took[best] < GAIN  # of the time that the plain one took
+            batches = found.setdefault(result["gpu"], {}).setdefault(result["precision"], {})
+            batches[str(row["clips"])] = best.split(" + ")[1:] if wins else []
+    return found
 
 
 def launches(results: Iterable[dict[str, Any]]) -> Table:
@@ -85,7 +102,7 @@ def _table(found: dict[Place, Any]) -> Table:
     return table
 
 
-def tables(folder: Path) -> dict[Path, Table]:
+def tables(folder: Path) -> dict[Path, Any]:
     """What the package's files should hold, given a folder of results."""
 
     def read(pattern: str) -> list[dict[str, Any]]:
@@ -96,10 +113,10 @@ def tables(folder: Path) -> dict[Path, Table]:
     for table in (winners(results), optimizers(read("optimizer_cuda*.json"))):
         for gpu, operators in table.items():
             measured.setdefault(gpu, {}).update(operators)
-    return {MEASURED: measured, TUNED: launches(results)}
+    return {MEASURED: measured, TUNED: launches(results), MEASURED_STEPS: switches(read("step_cuda_xkd_*.json"))}
 
 
-def text(table: Table) -> str:
+def text(table: Any) -> str:
     """A table as it is written."""
     return json.dumps(table, indent=2, sort_keys=True) + "\n"
 

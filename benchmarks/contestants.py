@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,10 @@ class Contestant(ABC):
     def step(self, views: Views, masks: MaskNoise) -> Tensor:
         """One whole step; returns the loss, not yet waited for."""
 
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by; falls with a step that is left out for its gradients' overflow."""
+        return 1.0
+
 
 class Released(Contestant):
     """The plain reference as released: loops over parameters that wait for the device; float16 with loss scaling on a GPU."""
@@ -103,6 +108,10 @@ class Released(Contestant):
         reference.update_centres(self.model, losses.outputs.teacher_means)
         self.terms = losses.terms()
         return self.terms["total"]
+
+    def loss_scale(self) -> float:
+        """The scaler's."""
+        return self.scaler.get_scale()
 
 
 class _SdpaBlock(reference.Block):
@@ -170,29 +179,14 @@ class Fast(FewLaunches):
 
     name = "fast"
     update = Xkd
-    choices: Mapping[str, bool] = {}
+    choices: Mapping[str, Any] = {}
 
     def build(self, options: ModelOptions) -> reference.XKD:
         """The fast model."""
         return with_initial_weights(replace(options, implementation="fast", **self.choices), self.device)
 
 
-class FastCompiled(Fast):
-    """With its blocks through torch.compile."""
-
-    name = "fast_compiled"
-    choices: Mapping[str, bool] = {"compile": True}
-
-
-class FastGraph(Fast):
-    """With forward and backward pass as one CUDA graph."""
-
-    name = "fast_graph"
-    choices: Mapping[str, bool] = {"cuda_graph": True}
-
-
-class FastCompiledGraph(Fast):
-    """With both."""
-
-    name = "fast_compiled_graph"
-    choices: Mapping[str, bool] = {"compile": True, "cuda_graph": True}
+def fast_with(*switches: str) -> type[Fast]:
+    """The fast model with some of its switches on, such as "compile" and "cuda_graph"."""
+    choices: dict[str, Any] = dict.fromkeys(switches, True)
+    return type("FastWith", (Fast,), {"name": " + ".join(("fast", *switches)), "choices": choices})

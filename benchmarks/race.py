@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,10 @@ from benchmarks import measure, record
 from benchmarks.contestants import (
     Contestant,
     Fast,
-    FastCompiled,
-    FastCompiledGraph,
-    FastGraph,
     Released,
     Strong,
     autocast,
+    fast_with,
     initial_model,
 )
 from benchmarks.memory import PeakMemory, free_unused, retries
@@ -32,6 +30,7 @@ from xkd_fast.model.build import random_views
 from xkd_fast.model.options import ModelOptions
 
 WARM_UP = 2  # steps before the first timed one: compilation, recording, the optimiser's moments
+MOST_HALVINGS = 16  # of a loss scale, from 2¹⁶ to 1
 STARTED = time.monotonic()
 
 Kind = Callable[[ModelOptions, torch.device, torch.dtype], Contestant]
@@ -54,11 +53,14 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def rivals(device: torch.device, *, compiled: bool, all_choices: bool) -> dict[str, Kind]:
-    """Who is timed beside the fast model, the most telling first; ``all_choices`` adds its compiled ones."""
+    """Who is timed beside the fast model, the most telling first; ``all_choices`` adds all sets of its switches on a GPU."""
     kinds: dict[str, Kind] = {"reference": Released, "strong": partial(Strong, compiled=compiled)}
     if device.type == "cuda":
-        further = (FastCompiled, FastCompiledGraph) if compiled and all_choices else ()
-        kinds |= {kind.name: kind for kind in (FastGraph, *further)}
+        sets = [("cuda_graph",)]
+        if all_choices:
+            sets += [("teacher_stream",), ("teacher_stream", "cuda_graph")]
+            sets += [("compile", *others) for others in ((), ("cuda_graph",), ("teacher_stream", "cuda_graph")) if compiled]
+        kinds |= {kind.name: kind for kind in (fast_with(*switches) for switches in sets)}
     return kinds
 
 
@@ -78,6 +80,11 @@ class Entrant:
         self.terms = {name: term.item() for name, term in self._contestant.terms.items()}
         for _ in range(WARM_UP - 1):
             self.step()
+        for _ in range(MOST_HALVINGS):  # a step that is left out takes less time than one that is not
+            before = self._contestant.loss_scale()
+            self.step()
+            if self._contestant.loss_scale() >= before:
+                break
         self.peak_bytes = memory.bytes()
 
     def step(self) -> float:
@@ -110,12 +117,14 @@ class Race:
     """A case and its figures so far.
 
     Attributes:
-        row: what is written: per contestant ``seconds``, which are ``{"out_of_memory": true}`` or ``{"not_reached": true}`` for
-            one that was not timed and so is missing elsewhere, ``clips_per_second``, ``costs`` and ``peak_bytes``;
+        row: what is written: per contestant ``seconds``, which are ``{"out_of_memory": true}``, ``{"not_reached": true}`` or
+            ``{"failed": reason}`` for one that was not timed and so is missing elsewhere, ``clips_per_second``, ``costs`` and
+            ``peak_bytes``;
             ``fast_against`` holds ratios taken round by round, ``disagreement`` the largest relative difference of a term of
             the first step's loss to the fast model's; ``allocation_retries`` in a pair's rounds, each of which waits for the
             device, tell that memory was short and the times are not to be trusted.
         losses: of every step, by contestant.
+        errors: of contestants that failed, other than by too little memory.
     """
 
     def __init__(self, options: ModelOptions, device: torch.device, dtype: torch.dtype, clips: int) -> None:
@@ -126,12 +135,17 @@ class Race:
         video, audio = (torch.rand(clips, part.tokens, device=device) for part in (options.video, options.audio))
         self._masks = MaskNoise(video, audio)
         self.losses: dict[str, list[float]] = {}
+        self.errors: list[Exception] = []
         self._seconds: dict[str, list[float]] = {}
         kinds = ("seconds", "clips_per_second", "fast_against", "disagreement", "costs", "peak_bytes", "allocation_retries")
         self.row: Row = {"clips": clips, **{kind: {} for kind in kinds}}
 
-    def run(self, kinds: dict[str, Kind], rounds: int) -> Iterator[Row]:
-        """Times every pair, then counts; yields the row whenever there is more in it."""
+    def run(self, kinds: Mapping[str, Kind], rounds: int, counted: Mapping[str, Kind] | None = None) -> Iterator[Row]:
+        """Times every pair, then counts; yields the row whenever there is more in it.
+
+        ``counted``: whose kept bytes, FLOPs and launches are counted beside the fast model's; None = the reference's and the
+        strong one's. None may be compiled: nothing can be counted inside of a program.
+        """
         fast: list[Entrant] = []
         self._attempt("fast", lambda: fast.append(self._entrant("fast", Fast)))
         for name, kind in kinds.items() if fast else ():
@@ -141,20 +155,23 @@ class Race:
                 self._attempt(name, partial(self._pair, name, kind, fast[0], rounds))
             yield self.row
         fast.clear()
-        countable: dict[str, Kind] = {"reference": Released, "strong": partial(Strong, compiled=False), "fast": Fast}
-        for name, kind in countable.items():  # none compiled: nothing can be counted inside of a program
+        plain: dict[str, Kind] = {"reference": Released, "strong": partial(Strong, compiled=False)}
+        for name, kind in {**(plain if counted is None else counted), "fast": Fast}.items():
             if not too_late():
                 self._attempt(name, partial(self._count, name, kind))
         yield self.row
 
     def _attempt(self, name: str, work: Callable[[], object]) -> None:
-        """Do ``work`` and free what it leaves. Too little memory is noted, unless the contestant was timed already."""
+        """Do ``work`` and free what it leaves. What ends it is noted, unless the contestant was timed already; others go on."""
         try:
             work()
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            self.row["seconds"].setdefault(name, {"out_of_memory": True})
+            if is_out_of_memory(error):
+                self.row["seconds"].setdefault(name, {"out_of_memory": True})
+            else:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                self.row["seconds"].setdefault(name, {"failed": reason})
+                self.errors.append(error.with_traceback(None))
         free_unused(self._device)  # not before the error, whose frames hold tensors, is gone
 
     def _entrant(self, name: str, kind: Kind) -> Entrant:
@@ -204,4 +221,8 @@ def report(title: str, row: Row) -> None:
 
 def untimed(row: Row) -> dict[str, str]:
     """Who has no time, and why."""
-    return {name: next(iter(told)).replace("_", " ") for name, told in row["seconds"].items() if "median" not in told}
+    reasons = {name: told for name, told in row["seconds"].items() if "median" not in told}
+    return {
+        name: f"failed ({told['failed']})" if "failed" in told else next(iter(told)).replace("_", " ")
+        for name, told in reasons.items()
+    }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.race import Row, untimed
 from xkd_fast.analysis.flops import PARTS, savings, step_flops, total
 from xkd_fast.model.options import ModelOptions
 
@@ -86,12 +87,13 @@ def step_paragraph() -> str:
     ]
     for result in results:
         for row in result["rows"]:
-            ratios = [row["fast_against"][name] for name in ("reference", "strong")]
-            told = [f"{ratio['median']:.2f} × ({ratio['min']:.2f}-{ratio['max']:.2f})" for ratio in ratios]
+            told = [against(row, name) for name in ("reference", "strong")]
             told[1] += "" if result.get("strong_is_compiled", True) else ", not compiled"
-            kept = row["costs"]["fast"]["saved_bytes"] / row["costs"]["reference"]["saved_bytes"]
-            cells = [result["model"], result["precision"], row["clips"], f"{row['clips_per_second']['fast']:.3g}", *told]
-            lines.append(f"| {' | '.join(map(str, cells))} | {kept:.2f} × |")
+            costs, speed = row["costs"], row["clips_per_second"].get("fast")
+            both = {"fast", "reference"} <= costs.keys()
+            kept = f"{costs['fast']['saved_bytes'] / costs['reference']['saved_bytes']:.2f} ×" if both else "–"
+            cells = [result["model"], result["precision"], row["clips"], f"{speed:.3g}" if speed else "–", *told, kept]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     slow = [
         f"{result['model']} in {result['precision']}"
         for result in results
@@ -103,6 +105,15 @@ def step_paragraph() -> str:
         lines += ["its fused attention is made for GPUs."]
     machines = sorted({f"{result['device']}, torch {result['torch']}" for result in results})
     return "\n".join([*lines, "", f"On {'; '.join(machines)}."])
+
+
+def against(row: Row, name: str) -> str:
+    """The fast model's speed over a rival's, or why there is no such figure."""
+    ratio = row["fast_against"].get(name)
+    if ratio is None:
+        return untimed(row).get(name, "not measured")
+    short = ", memory was short" if row["allocation_retries"].get(name) else ""
+    return f"{ratio['median']:.2f} × ({ratio['min']:.2f}-{ratio['max']:.2f}){short}"
 
 
 def optimizer_paragraph() -> str:

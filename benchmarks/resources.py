@@ -1,8 +1,8 @@
 """``python -m benchmarks.resources``: every kernel, compiled for GPUs that need not be there, and what it takes of them.
 
 The operators run on the CPU with their kernels' launches caught; each caught launch is compiled for compute capabilities 8.0
-(A100), 9.0 (H100, H200) and 10.0 (B200), and registers, spills and shared memory are read from the machine code.
-``--json`` prints one JSON list.
+(A100), 9.0 (H100, H200) and 10.0 (B200), those of them that its case can run on, and registers, spills and shared memory are
+read from the machine code. ``--json`` prints one JSON list.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from xkd_kernels import backends
 
 CAPABILITIES = (80, 90, 100)
 TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 
 
@@ -115,17 +115,18 @@ def compiled(launch: Launch, capability: int) -> tuple[int, int, int]:
 
 def resources(cases: Iterable[Case] = CASES + FURTHER, capabilities: Iterable[int] = CAPABILITIES) -> list[Resources]:
     """Of every different kernel that the cases launch."""
-    different: dict[str, tuple[str, Launch]] = {}
+    different: dict[str, tuple[Case, Launch]] = {}
     for case in cases:
         for launch in caught_launches(case):
             kernel, arguments, keywords = launch
             types = [str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__ for x in arguments]
-            different.setdefault(f"{kernel.__name__} {types} {keywords}", (case.name, launch))
+            different.setdefault(f"{kernel.__name__} {types} {keywords}", (case, launch))
     found = []
     for capability in capabilities:
-        for name, launch in different.values():
-            shown = {key: value for key, value in launch[2].items() if value is not None}
-            found.append(Resources(launch[0].__name__, name, shown, capability, *compiled(launch, capability)))
+        for case, launch in different.values():
+            if capability in case.capabilities:
+                shown = {key: value for key, value in launch[2].items() if value is not None}
+                found.append(Resources(launch[0].__name__, case.name, shown, capability, *compiled(launch, capability)))
     return found
 
 

@@ -1,6 +1,7 @@
 """``python -m benchmarks.roofline``: what every kernel must move and compute, beside its naive twin, and the time that takes.
 
-``--step`` prints instead what the base model's forward and backward pass spends on which kind of operator. Nothing is computed,
+``--step`` prints instead what the base model's forward and backward pass spends on which kind of operator, and on each of ours;
+``--readme`` writes that into the kernels' README. Nothing is computed,
 and no GPU is needed: operators run on fake tensors and are watched (``xkd_fast.analysis.roofline``). Times are floors from data
 sheets, not measurements. ``--json`` prints one JSON list.
 """
@@ -14,6 +15,8 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,6 +32,8 @@ from xkd_fast.model.build import build_model, random_views
 from xkd_fast.model.options import ModelOptions
 
 CLIPS = 32
+README = Path(__file__).parent.parent / "kernels" / "README.md"
+BEGIN, END = "<!-- what `python -m benchmarks.roofline --readme` writes -->\n", "<!-- end -->\n"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -92,6 +97,15 @@ def kind_of(name: str) -> str:
 
 def step_costs(options: ModelOptions, kernels: str, clips: int = CLIPS) -> dict[str, Cost]:
     """Of a model's forward and backward pass in bfloat16, by kind of operator; attention fused either way."""
+    found: dict[str, Cost] = {}
+    for name, cost in step_operators(options, kernels, clips).items():
+        found[kind_of(name)] = found.get(kind_of(name), Cost()) + cost
+    return found
+
+
+@cache
+def step_operators(options: ModelOptions, kernels: str, clips: int = CLIPS) -> dict[str, Cost]:
+    """The same by operator."""
     attention = "triton" if kernels == "triton" else "sdpa"
     options = replace(options, kernels=kernels, attention=attention)
     with torch.device("meta"):
@@ -103,27 +117,53 @@ def step_costs(options: ModelOptions, kernels: str, clips: int = CLIPS) -> dict[
             with torch.autocast(DEVICE.type, torch.bfloat16):
                 loss = torch.func.functional_call(model, state, views).total
             loss.backward()
-    found: dict[str, Cost] = {}
-    for name, cost in traffic.costs.items():
-        found[kind_of(name)] = found.get(kind_of(name), Cost()) + cost
-    return found
+    return traffic.costs
 
 
 def _fake(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=DEVICE, requires_grad=x.requires_grad)
 
 
+def step_floors(clips: int) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+    """Floors of the whole pass on an H100, ms: by kind, with PyTorch's operators and with ours, and ours by themselves."""
+    device, options = DEVICES["H100"], ModelOptions()
+    plain, ours = (step_costs(options, kernels, clips) for kernels in ("torch", "triton"))
+    kinds = sorted(plain, key=lambda kind: -plain[kind].seconds(device))
+    kinds += [kind for kind in ours if kind not in kinds]
+    found = {kind: tuple(1e3 * costs.get(kind, Cost()).seconds(device) for costs in (plain, ours)) for kind in kinds}
+    found["all"] = tuple(sum(floors[i] for floors in found.values()) for i in range(2))
+    own: dict[str, float] = {}
+    for name, cost in step_operators(options, "triton", clips).items():
+        if name.startswith("xkd_kernels."):
+            operator = name.removeprefix("xkd_kernels.").removesuffix("_backward")
+            own[operator] = own.get(operator, 0.0) + 1e3 * cost.seconds(device)
+    return found, dict(sorted(own.items(), key=lambda pair: -pair[1]))  # type: ignore[return-value]
+
+
 def step_table(clips: int) -> list[str]:
-    """Floors of the whole pass by kind of operator, with PyTorch's operators and with ours."""
-    found = {kernels: step_costs(ModelOptions(), kernels, clips) for kernels in ("torch", "triton")}
+    """:func:`step_floors` to read."""
+    kinds, own = step_floors(clips)
     lines = [f"Floors on an H100, ms for {clips} clips: PyTorch's operators one by one, and ours"]
-    device, sums = DEVICES["H100"], dict.fromkeys(found, 0.0)
-    kinds = sorted(found["torch"], key=lambda kind: -found["torch"][kind].seconds(device))
-    for kind in [*kinds, *(kind for kind in found["triton"] if kind not in kinds)]:
-        floors = {kernels: 1e3 * costs.get(kind, Cost()).seconds(device) for kernels, costs in found.items()}
-        sums = {kernels: sums[kernels] + floor for kernels, floor in floors.items()}
-        lines.append(f"{kind:40} {floors['torch']:>8.2f} {floors['triton']:>8.2f}")
-    return [*lines, f"{'all':40} {sums['torch']:>8.2f} {sums['triton']:>8.2f}"]
+    lines += [f"{kind:40} {plain:>8.2f} {ours:>8.2f}" for kind, (plain, ours) in kinds.items()]
+    lines += ["Of which our operators, forward and backward"]
+    return lines + [f"{name:40} {floor:>17.2f} {floor / kinds['all'][1]:>5.1%}" for name, floor in own.items()]
+
+
+def readme_text(clips: int = CLIPS) -> str:
+    """:func:`step_floors` as the README's tables."""
+    kinds, own = step_floors(clips)
+    lines = ["| kind of operator | PyTorch's, one by one | with these kernels |", "|---|---|---|"]
+    lines += [f"| {kind} | {f'{plain:.1f}' if plain else '-'} | {ours:.1f} |" for kind, (plain, ours) in kinds.items()]
+    lines += ["", "Of the last column, forward and backward together:", ""]
+    lines += ["| operator | ms | share of all |", "|---|---|---|"]
+    lines += [f"| `{name}` | {floor:.2f} | {floor / kinds['all'][1]:.1%} |" for name, floor in own.items()]
+    return "\n".join(lines) + "\n"
+
+
+def readme_with(text: str, tables: str) -> str:
+    """The README with other tables between its two marks."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + tables + END + rest.split(END)[1]
 
 
 def table(found: list[Floor]) -> list[str]:
@@ -144,10 +184,14 @@ if __name__ == "__main__":
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
     parser.add_argument("--case", choices=[case.name for case in CASES], help="only this one (default: all)")
     parser.add_argument("--step", action="store_true", help="the whole forward and backward pass, by kind of operator")
+    parser.add_argument("--readme", action="store_true", help="write that into kernels/README.md")
     parser.add_argument("--clips", type=int, default=CLIPS, help="clips of a batch (default: %(default)s)")
     given = parser.parse_args()
     if given.clips < 1:
         parser.error(f"--clips {given.clips} must be 1 or more")
+    if given.readme:
+        README.write_text(readme_with(README.read_text(encoding="utf-8"), readme_text()), encoding="utf-8")
+        sys.exit()
     if given.step:
         print("\n".join(step_table(given.clips)))
         sys.exit()

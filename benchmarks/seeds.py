@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.seeds`` trains and evaluates what is missing under ``runs/seeds`` (on two CPU cores about six minutes a
 run; a second call goes on) and writes ``benchmarks/results/seeds_cpu.json``. What differs between seeds of one kind is noise;
-the two kinds must not differ by more.
+the two kinds must not differ by more. ``--kinds fast fp8`` compares two others, here the fast model with and without teachers
+in FP8, and writes ``seeds_fast_fp8_cpu.json``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from xkd_fast.evaluate.svm import SvmOptions, evaluate_svm
 KINDS = {
     "reference": ["model.implementation=reference", "train.precision=float32"],
     "fast": ["model.implementation=fast", "train.precision=bfloat16"],
+    "fp8": ["model.implementation=fast", "train.precision=bfloat16", "model.teacher_precision=fp8"],
 }
 TERMS = ("total", "reconstruction", "distillation", "alignment")
 
@@ -59,7 +61,7 @@ def trained(kind: str, seed: int, root: Path, processes: int) -> tuple[list[dict
 
 
 def compared(fast: NDArray[np.float64], plain: NDArray[np.float64]) -> dict[str, float]:
-    """Two kinds of curves, each [seeds, points].
+    """Two kinds of curves, each [seeds, points]; ``plain``: those that the others are held against.
 
     Returns:
         seed_noise: standard deviation between seeds of one kind, root mean square over points and kinds.
@@ -78,7 +80,8 @@ def compared(fast: NDArray[np.float64], plain: NDArray[np.float64]) -> dict[str,
 
 
 def summary(runs: dict[str, list[tuple[list[dict[str, float]], dict[str, float]]]]) -> dict[str, Any]:
-    """Curves and accuracies of both kinds beside each other."""
+    """Curves and accuracies of two kinds beside each other; the first is what the second is held against."""
+    plain, other = runs
 
     def curves(kind: str, term: str) -> NDArray[np.float64]:
         return np.array([[row[term] for row in rows] for rows, _ in runs[kind]])
@@ -87,10 +90,10 @@ def summary(runs: dict[str, list[tuple[list[dict[str, float]], dict[str, float]]
         return np.array([[top1[modality]] for _, top1 in runs[kind]])
 
     return {
-        "losses": {term: compared(curves("fast", term), curves("reference", term)) for term in TERMS},
-        "last_losses": {kind: {term: curves(kind, term)[:, -1].tolist() for term in TERMS} for kind in KINDS},
-        "top1": {m: compared(accuracies("fast", m), accuracies("reference", m)) for m in MODALITIES},
-        "top1_by_seed": {kind: {m: accuracies(kind, m)[:, 0].tolist() for m in MODALITIES} for kind in KINDS},
+        "losses": {term: compared(curves(other, term), curves(plain, term)) for term in TERMS},
+        "last_losses": {kind: {term: curves(kind, term)[:, -1].tolist() for term in TERMS} for kind in runs},
+        "top1": {m: compared(accuracies(other, m), accuracies(plain, m)) for m in MODALITIES},
+        "top1_by_seed": {kind: {m: accuracies(kind, m)[:, 0].tolist() for m in MODALITIES} for kind in runs},
     }
 
 
@@ -98,6 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Train, compare, write JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.seeds", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--kinds", nargs=2, choices=KINDS, default=["reference", "fast"], help="the second against the first")
     parser.add_argument("--output", type=Path, default=Path("runs/seeds"), help="folder of the runs")
     parser.add_argument("--processes", type=int, default=2, help="training processes per run")
     given = parser.parse_args(arguments)
@@ -105,13 +109,17 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--seeds {' '.join(map(str, given.seeds))}: two different ones at least, or there is no noise to measure")
     if given.processes < 1:
         parser.error(f"--processes {given.processes} must be 1 or more")
-    runs: dict[str, list[tuple[list[dict[str, float]], dict[str, float]]]] = {kind: [] for kind in KINDS}
+    if len(set(given.kinds)) < 2:
+        parser.error(f"--kinds {' '.join(given.kinds)}: two different ones, or there is nothing to compare")
+    runs: dict[str, list[tuple[list[dict[str, float]], dict[str, float]]]] = {kind: [] for kind in given.kinds}
     for seed in given.seeds:
-        for kind in KINDS:
+        for kind in given.kinds:
             runs[kind].append(trained(kind, seed, given.output, given.processes))
-    result = {"kinds": KINDS, "seeds": given.seeds, "processes": given.processes, **summary(runs)}
+    kinds = {kind: KINDS[kind] for kind in given.kinds}
+    result = {"kinds": kinds, "seeds": given.seeds, "processes": given.processes, **summary(runs)}
     print(json.dumps(result, indent=2))
-    record.write("seeds_cpu", result)
+    usual = given.kinds == parser.get_default("kinds")
+    record.write("seeds_cpu" if usual else f"seeds_{'_'.join(given.kinds)}_cpu", result)
 
 
 if __name__ == "__main__":

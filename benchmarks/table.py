@@ -23,6 +23,7 @@ def lines(since: float = 0.0) -> list[str]:
             speeds = ", ".join(f"{name} {speed:.4g}" for name, speed in row["clips_per_second"].items())
             told = [f"{ratio['median']:.2f} × {name}" for name, ratio in row["fast_against"].items()]
             told += [f"{name} {reason}" for name, reason in untimed(row).items()]
+            told += [f"memory was short beside {name}" for name, tries in row["allocation_retries"].items() if tries]
             what = f"{result['model']}, {result['precision']}, {row['clips']} clips on {result['device']}"
             found.append(f"{what}: {speeds} clips/s; {', '.join(told)}")
     return found or ["no step was measured"]

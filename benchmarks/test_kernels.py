@@ -2,13 +2,16 @@
 
 Rivals are the naive twin (``eager``) and its program by torch.compile (``compiled``), PyTorch's operators as
 ``backend="torch"`` takes them (``torch``), and for attention flash, cuDNN and xformers where they work. XKD_BENCHMARK_TUNE=1
-looks for faster launches first. ``python -m benchmarks.adopt`` makes the winners, and their launches, what ``auto`` takes.
+looks for faster launches first, of what has none yet before the rest, and goes on to sizes that the base model does not have.
+A case that is measured again replaces its row in the results; the other rows stay. ``python -m benchmarks.adopt`` makes the
+winners, and their launches, what ``auto`` takes.
 
 Without ``--benchmark``, or without a GPU, the same runs once at tiny shapes, interpreted.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
@@ -24,18 +27,21 @@ from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import record, timing, tuning
-from benchmarks.kernel_cases import CASES, SMALL, Case, Result, runs_of
+from benchmarks.kernel_cases import CASES, FURTHER, SMALL, Case, Result, runs_of
 from benchmarks.race import too_late
 from benchmarks.roofline import floors
-from xkd_fast.analysis.roofline import DEVICES
+from xkd_fast.analysis.provenance import provenance
+from xkd_fast.analysis.roofline import SHEETS
 from xkd_fast.errors import UserError
 from xkd_fast.model.attention import choose
 from xkd_fast.model.packing import Group
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else ""
+TUNES = os.environ.get("XKD_BENCHMARK_TUNE") == "1"
+RESULT = f"kernels_{GPU.replace(' ', '_').lower()}"
 CLIPS, ROUNDS = 32, 20
 TUNING_ROUNDS = 7
-CLOSE = 2e-2  # of the largest number: the most that a bfloat16 result may be off
 
 Operator = Callable[..., Result]
 
@@ -76,7 +82,7 @@ class Passes:
         self.leaves = [x for x in inputs if x.requires_grad]
         generator = torch.Generator(DEVICE).manual_seed(0)
         shaped = [(x.shape, x.dtype) for x in self.outputs]
-        self.gradients = [torch.randn(*shape, generator=generator, device=DEVICE).to(dtype) for shape, dtype in shaped]
+        self.gradients = [torch.randn(shape, generator=generator, device=DEVICE).to(dtype) for shape, dtype in shaped]
 
     def forward(self) -> tuple[Tensor, ...]:
         """The operator's results."""
@@ -111,7 +117,7 @@ def tune(case: Case, clips: int, rounds: int) -> dict[tuning.Key, tuple[tuning.L
     """Faster launches of every kernel of a case."""
     asked: set[tuning.Key] = set()
     chosen: dict[tuning.Key, tuning.Launch] = {}
-    with tuning.launches(chosen, asked):
+    with tuning.launches(chosen, asked, by_default=True):
         passes = Passes(case.fused, case.inputs(clips, DEVICE))
         expected = {name: work() for name, work in passes.works.items()}
 
@@ -119,7 +125,7 @@ def tune(case: Case, clips: int, rounds: int) -> dict[tuning.Key, tuple[tuning.L
             name = "backward" if "backward" in key[0] else "forward"
             chosen[key] = launch
             try:
-                if difference(passes.works[name](), expected[name]) > CLOSE:
+                if difference(passes.works[name](), expected[name]) > case.close:
                     return math.inf
                 return statistics.median(timing.seconds({name: passes.works[name]}, DEVICE, rounds)[name])
             except Exception as error:  # too much shared memory, too many registers: this launch is none
@@ -135,14 +141,30 @@ def tune(case: Case, clips: int, rounds: int) -> dict[tuning.Key, tuple[tuning.L
     return found
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
-    """What was measured so far."""
-    return []
+def written() -> list[dict[str, Any]]:
+    """The rows of this GPU's results."""
+    path = record.RESULTS / f"{RESULT}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
-@pytest.mark.parametrize("case", [*CASES, *SMALL], ids=lambda case: case.name)
-def test_kernel(measuring: bool, case: Case, rows: list[dict[str, Any]]) -> None:
+def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """``rows`` with one measured anew, which keeps the search for its launches where it comes without."""
+    before = next((each for each in rows if each["case"] == row["case"]), None)
+    if before is None:
+        return [*rows, row]
+    return [{**row, "launches": row["launches"] or before["launches"]} if each is before else each for each in rows]
+
+
+def in_order(tunes: bool, rows: list[dict[str, Any]]) -> list[Case]:
+    """All cases; where launches are looked for, those without any first, then those that the base model does not have."""
+    if not tunes:
+        return [*CASES, *SMALL]
+    tuned = {row["case"] for row in rows if row["launches"]}
+    return [*sorted([*CASES, *FURTHER], key=lambda case: case.name in tuned), *SMALL]
+
+
+@pytest.mark.parametrize("case", in_order(TUNES, written()), ids=lambda case: case.name)
+def test_kernel(measuring: bool, case: Case) -> None:
     """Times an operator's contestants in turns and writes down who is how fast; fails if one computes something else."""
     at_size = measuring and DEVICE.type == "cuda"
     if (case in SMALL) == at_size:
@@ -151,7 +173,7 @@ def test_kernel(measuring: bool, case: Case, rows: list[dict[str, Any]]) -> None
         pytest.skip(f"{case.name}: not reached")
     clips, rounds, compiler = (CLIPS, ROUNDS, "inductor") if at_size else (2, 1, "aot_eager")
     tried: dict[tuning.Key, tuple[tuning.Launch, list[dict[str, Any]]]] = {}
-    if at_size and os.environ.get("XKD_BENCHMARK_TUNE") == "1":
+    if at_size and TUNES:
         tried = tune(case, clips, TUNING_ROUNDS)
     elif not at_size and case.operator == "bias_gelu":
         tried = tune(case, clips, 1)
@@ -169,18 +191,18 @@ def test_kernel(measuring: bool, case: Case, rows: list[dict[str, Any]]) -> None
         for way in contestants["eager"].works:
             expected = contestants["eager"].works[way]()
             for name, passes in contestants.items():
-                assert difference(passes.works[way](), expected) < CLOSE, f"{name} computes another {way} pass of {case.name}"
+                off = difference(passes.works[way](), expected)
+                assert off < case.close, f"{name} computes another {way} pass of {case.name}"
         row = measured(case, clips, contestants, rounds)
     row["failed"] = failed
     row["launches"] = [
         {"kernel": kernel, "dtype": str(dtype).removeprefix("torch."), "shape": shape, "tried": attempts}
         for (kernel, dtype, shape), (_, attempts) in tried.items()
     ]
-    rows.append(row)
+    row["commit"] = provenance()["commit"]  # its own, since other rows stay
     print(told(row))
     if at_size:
-        device = torch.cuda.get_device_name(DEVICE)
-        record.write(f"kernels_{device.replace(' ', '_').lower()}", {"gpu": device, "rows": rows})
+        record.write(RESULT, {"gpu": GPU, "rows": merged(written(), row)})
 
 
 def measured(case: Case, clips: int, contestants: dict[str, Passes], rounds: int) -> dict[str, Any]:
@@ -196,7 +218,7 @@ def measured(case: Case, clips: int, contestants: dict[str, Passes], rounds: int
     for way in contestants["fused"].works:
         times = timing.seconds({name: passes.works[way] for name, passes in contestants.items()}, DEVICE, rounds)
         row["seconds"][way] = {name: record.spread(found) for name, found in times.items()}
-    gpu = next((name for name in DEVICES if DEVICE.type == "cuda" and name in torch.cuda.get_device_name(DEVICE)), None)
+    gpu = SHEETS.get(GPU)
     row["floor"] = {floor.way: floor.seconds[gpu] for floor in floors(case, clips) if floor.code == "fused"} if gpu else {}
     return row
 

@@ -92,11 +92,19 @@ def test_step(
     everything = "XKD_BENCHMARK_SECONDS" not in os.environ or (variant, precision) == ("xkd", "bfloat16")
     race = Race(model_options(variant, tiny=not measuring), DEVICE, getattr(torch, precision), clips)
     rows[variant, precision].append(race.row)
-    result = {"model": f"{variant} {'base' if measuring else 'tiny'}", "precision": precision, "strong_is_compiled": compiled}
+    gpu = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else None
+    result = {
+        "gpu": gpu,
+        "model": f"{variant} {'base' if measuring else 'tiny'}",
+        "precision": precision,
+        "strong_is_compiled": compiled,
+    }
     for _ in race.run(rivals(DEVICE, compiled=compiled, all_choices=everything), rounds):
         if measuring or "XKD_BENCHMARK_RESULTS" in os.environ:  # after every pair: what comes later may fail
             record.write(f"step_{DEVICE.type}_{variant}_{precision}", {**result, "rows": rows[variant, precision]})
     report(title, race.row)
+    if race.errors:
+        raise race.errors[0]
     for name, difference in race.row["disagreement"].items():
         assert difference < CLOSE[precision], f"{name}'s loss is not the fast model's: {race.row['disagreement']}"
     for name, losses in race.losses.items() if not measuring else ():

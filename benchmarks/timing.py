@@ -1,7 +1,8 @@
 """Times of single operators, in turns, so that a machine that slows down slows all of them.
 
 On a GPU each call is timed by events, behind a wait that lets the host get ahead and a sweep that leaves nothing of the call
-before in the cache: what is measured is the device's time on data that lie in its memory.
+before in the cache: what is measured is the device's time on data that lie in its memory. A call during which the device caught
+up with the host is made again behind a longer wait.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-WAIT = 1_000_000  # GPU cycles, over half a millisecond: longer than the host takes to launch an operator with its backward pass
+WAIT = 4_000_000  # GPU cycles, two milliseconds: longer than most hosts take to launch an operator with its backward pass
+LONGEST = 64 * WAIT  # what waits for the device by itself is never ahead of it
 CACHE = 256 << 20  # bytes, more than any GPU's second cache holds
 
 Work = Callable[[], object]
@@ -19,7 +21,7 @@ Work = Callable[[], object]
 
 def seconds(works: Mapping[str, Work], device: torch.device, rounds: int) -> dict[str, list[float]]:
     """Of every work, ``rounds`` times, after two untimed ones."""
-    time_once = _device_seconds if device.type == "cuda" else _host_seconds
+    time_once = _DeviceSeconds() if device.type == "cuda" else _host_seconds
     for work in works.values():
         work()
         work()
@@ -36,12 +38,23 @@ def _host_seconds(work: Work, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _device_seconds(work: Work, device: torch.device) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(WAIT)
-    torch.empty(CACHE, dtype=torch.int8, device=device).zero_()
-    start.record()
-    work()
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / 1e3
+class _DeviceSeconds:
+    """Of one work at a time; remembers how long each has to wait."""
+
+    def __init__(self) -> None:
+        self.waits: dict[Work, int] = {}
+
+    def __call__(self, work: Work, device: torch.device) -> float:
+        while True:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            wait = self.waits.setdefault(work, WAIT)
+            torch.cuda._sleep(wait)
+            torch.empty(CACHE, dtype=torch.int8, device=device).zero_()
+            start.record()
+            work()
+            is_ahead = not start.query()
+            end.record()
+            torch.cuda.synchronize(device)
+            if is_ahead or wait >= LONGEST:
+                return start.elapsed_time(end) / 1e3
+            self.waits[work] = 4 * wait

@@ -20,14 +20,16 @@ GAIN = 0.98  # of the time: what is not faster by more than noise is not another
 
 
 @contextmanager
-def launches(chosen: dict[Key, Launch], asked: set[Key] | None = None) -> Iterator[None]:
-    """Launch kernels as ``chosen`` says, others by default; note in ``asked`` which ones are launched."""
+def launches(chosen: dict[Key, Launch], asked: set[Key] | None = None, *, by_default: bool = False) -> Iterator[None]:
+    """Launch kernels as ``chosen`` says, others as ever, or ``by_default``; note in ``asked`` which ones are launched."""
     original = configurations._launch
 
     def found(kernel: str, device: str | None, dtype: torch.dtype, shape: str) -> Launch:
         if asked is not None:
             asked.add((kernel, dtype, shape))
-        return chosen.get((kernel, dtype, shape)) or default_launch(kernel, dtype, shape)
+        if (kernel, dtype, shape) in chosen:
+            return chosen[kernel, dtype, shape]
+        return default_launch(kernel, dtype, shape) if by_default else original(kernel, device, dtype, shape)
 
     configurations._launch = found  # type: ignore[assignment]
     try:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import adopt, record, tuning
+from benchmarks import adopt, record, test_kernels, timing, tuning
+from benchmarks.kernel_cases import CASES, FURTHER, SMALL
+from xkd_fast.model import switches
 from xkd_kernels import backends, configurations
 from xkd_kernels.configurations import Launch
 
@@ -29,7 +31,7 @@ def test_the_committed_tables_are_those_of_the_committed_results() -> None:
 
 
 def test_triton_wins_where_both_passes_together_are_the_fastest(tmp_path: Path) -> None:
-    """Red if one pass or case decides alone, a rival is forgotten or missing in one, or devices are mixed up."""
+    """Red if one pass or case decides alone, a rival is forgotten, renamed or missing in one, or devices are mixed up."""
     one = [
         row("768", fused=(2.0, 1.0), torch=(1.0, 3.0), flash=(2.0, 2.0)),
         row("384", fused=(1.0, 3.0), torch=(2.0, 3.0), compiled=(2.0, 1.0)),
@@ -42,7 +44,7 @@ def test_triton_wins_where_both_passes_together_are_the_fastest(tmp_path: Path) 
     for name, rows in (("kernels_one", one), ("kernels_other", other), ("step", [])):
         (tmp_path / f"{name}.json").write_text(json.dumps({"gpu": name, "rows": rows}))
     found = adopt.tables(tmp_path)[adopt.MEASURED]
-    chosen = {"768": "triton", "384": "torch", "192": "torch", "96": "triton"}
+    chosen = {"768": "triton", "384": "compiled", "192": "torch", "96": "triton"}
     assert found == {
         "kernels_one": {"bias_gelu": {"bfloat16": chosen}},
         "kernels_other": {"bias_gelu": {"bfloat16": {"768": "torch"}}},
@@ -112,6 +114,64 @@ def test_chosen_launches_hold_for_their_time_only() -> None:
     assert configurations._launch(key[0], None, *key[1:]) == configurations.default_launch(*key)
 
 
+def test_what_was_tuned_before_is_launched_in_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if the committed launches are measured by nobody, or a search begins elsewhere than at the default."""
+    key: tuning.Key = ("bias_gelu_forward", tuning.torch.bfloat16, "3072")
+    monkeypatch.setattr(configurations, "tuned", lambda: {"H": {key[0]: {"bfloat16": {"3072": FASTER}}}})
+    configurations._launch.cache_clear()
+    with tuning.launches({}):
+        assert configurations._launch(key[0], "H", *key[1:]) == Launch(**FASTER)
+    with tuning.launches({}, by_default=True):
+        assert configurations._launch(key[0], "H", *key[1:]) == configurations.default_launch(*key)
+    configurations._launch.cache_clear()
+
+
+def test_rows_of_another_run_stay() -> None:
+    """Red if a run without a search, or one that is cut off, loses what an earlier one has found."""
+    launch = {"kernel": "bias_gelu_forward", "dtype": "bfloat16", "shape": "3072", "tried": []}
+    earlier = [{"case": "a", "launches": [launch], "clips": 1}, {"case": "b", "launches": [], "clips": 1}]
+    again = test_kernels.merged(earlier, {"case": "a", "launches": [], "clips": 2})
+    assert again == [{"case": "a", "launches": [launch], "clips": 2}, earlier[1]]
+    found = {**launch, "shape": "768"}
+    assert test_kernels.merged(again, {"case": "a", "launches": [found], "clips": 3})[0]["launches"] == [found]
+    assert test_kernels.merged(again, {"case": "c", "launches": []}) == [*again, {"case": "c", "launches": []}]
+
+
+def test_a_search_goes_on_where_the_last_one_ended() -> None:
+    """Red if what is tuned comes first again, or sizes that the base model lacks are never measured, or without a search."""
+    first, *rest = CASES
+    order = test_kernels.in_order(True, [{"case": first.name, "launches": [{}]}, {"case": rest[0].name, "launches": []}])
+    assert order == [*rest, *FURTHER, first, *SMALL]
+    assert test_kernels.in_order(False, []) == [*CASES, *SMALL]
+    assert test_kernels.in_order(True, []) == [*CASES, *FURTHER, *SMALL]
+
+
+@pytest.mark.parametrize(("ready_after", "calls"), [(1, 1), (5, 3), (float("inf"), 4)])
+def test_a_host_that_falls_behind_is_given_more_time(ready_after: float, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a time with the host's gaps in it is taken for the device's, or a call that waits is made for ever."""
+    waited: list[int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            pass
+
+        def query(self) -> bool:
+            return waited[-1] < ready_after * timing.WAIT
+
+        def elapsed_time(self, end: object) -> float:
+            return 1.0
+
+    monkeypatch.setattr(timing, "CACHE", 1)
+    for name, stub in (("Event", Event), ("_sleep", waited.append), ("synchronize", lambda device: None)):
+        monkeypatch.setattr(timing.torch.cuda, name, stub)
+    time_once = timing._DeviceSeconds()
+    assert time_once(print, timing.torch.device("cpu")) == 1e-3 and len(waited) == calls
+    assert time_once(print, timing.torch.device("cpu")) == 1e-3 and len(waited) == calls + 1
+
+
 @pytest.mark.parametrize(
     ("backend", "ratios", "winner"),
     [("native", (1.8, 1.1), "native"), ("native", (3.0, 0.9), "torch"), ("torch", (2, 2), "torch")],
@@ -125,3 +185,18 @@ def test_the_compiled_optimiser_is_the_default_where_it_beats_every_rival(
     (tmp_path / "kernels_cuda.json").write_text(json.dumps({"gpu": "H", "rows": [row("3072", fused=(1.0,), naive=(2.0,))]}))
     table = adopt.tables(tmp_path)[backends.MEASURED]
     assert table == {"H": {"bias_gelu": {"bfloat16": {"3072": "triton"}}, "adamw_ema": {"float32": {"": winner}}}}
+
+
+def test_the_switches_of_the_fastest_step_are_the_default(tmp_path: Path) -> None:
+    """Red if a rival's model counts, a gain within noise is taken, or batch sizes, variants or devices mix."""
+
+    def row(clips: int, **seconds: float) -> dict[str, Any]:
+        names = {"reference": "reference", "graph": "fast + cuda_graph", "both": "fast + teacher_stream + cuda_graph"}
+        return {"clips": clips, "fast_against": {names[name]: {"median": time} for name, time in seconds.items()}}
+
+    rows = [row(32, reference=0.5, graph=0.8, both=0.7), row(128, reference=3.0, graph=0.99, both=1.1), row(64)]
+    result = {"gpu": "H", "precision": "bfloat16", "rows": rows}
+    (tmp_path / "step_cuda_xkd_bfloat16.json").write_text(json.dumps(result))
+    (tmp_path / "step_cuda_mas_bfloat16.json").write_text(json.dumps({**result, "gpu": "other"}))
+    table = adopt.tables(tmp_path)[switches.MEASURED]
+    assert table == {"H": {"bfloat16": {"32": ["teacher_stream", "cuda_graph"], "128": [], "64": []}}}

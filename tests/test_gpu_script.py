@@ -57,9 +57,10 @@ def test_gpu_script_with_a_gpu(tmp_path: Path) -> None:
     built = {"XKD_NATIVE": str(tmp_path)}  # compiling takes seconds off the measurements
     command, environment = ["bash", "benchmarks/gpu.sh"], {**environment, **built, "PYTHON": str(stub)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    tests, *benches, last = done.stdout.splitlines()[2:]
+    tests, *benches, further, last = done.stdout.splitlines()[2:]
     assert done.returncode == 1, done.stderr
     assert "tests/kernels" in tests and "tests/model/test_attention.py" in tests and "--benchmark" not in tests
+    assert "-m not further tests/" in tests and "-x -m further tests/kernels " in further and "--benchmark" not in further
     assert all(400 < int(bench.split("|")[0]) <= 420 and "--benchmark" in bench for bench in benches)
     step, kernels, rest = (bench.split("|")[2] for bench in benches)
     assert step.split("benchmarks/")[1:] == ["test_step.py -k xkd-bfloat16 --benchmark"]
@@ -67,7 +68,8 @@ def test_gpu_script_with_a_gpu(tmp_path: Path) -> None:
     assert rest.split("benchmarks/")[1:] == ["test_step.py -k not xkd-bfloat16 --benchmark"]
     assert "-m benchmarks.table 1" in last
     done = subprocess.run([*command, "--tune"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    tests, bench = done.stdout.splitlines()[2:]
+    tests, left_out, bench = done.stdout.splitlines()[2:]
+    assert "left out" in left_out
     assert done.returncode == 0 and "tests/kernels" in tests and "test_graphs" not in tests
     assert "|1|" in bench and "benchmarks/test_kernels.py --benchmark" in bench
 
@@ -166,15 +168,48 @@ def test_contestants_begin_alike() -> None:
         assert model.video_teacher.encoder.blocks is model.audio_teacher.encoder.blocks
 
 
-def test_another_error_ends_the_run() -> None:
-    """Red if a broken contestant passes for one that does not fit."""
+def test_another_error_is_told_and_costs_nobody_else_a_figure() -> None:
+    """Red if a broken contestant passes for one that does not fit, hides, or takes the others' figures with it."""
 
     class Broken(Fast):
         def step(self, *_: object) -> torch.Tensor:
             raise RuntimeError("shapes do not match")
 
+    contest, _ = case({"broken": Broken, "reference": Released})
+    assert contest.row["seconds"]["broken"] == {"failed": "RuntimeError: shapes do not match"}
+    assert contest.row["fast_against"].keys() == {"reference"} and contest.row["costs"].keys() == {
+        "reference",
+        "strong",
+        "fast",
+    }
+    assert race.untimed(contest.row) == {"broken": "failed (RuntimeError: shapes do not match)"}
+    (error,) = contest.errors
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        case({"broken": Broken})
+        raise error
+
+
+def test_a_loss_scale_settles_before_the_first_timed_step() -> None:
+    """Red if steps that are left out for an overflow, which take less time, are timed."""
+
+    class Scaled(Fast):
+        steps = 0
+
+        def step(self, *batch: object) -> torch.Tensor:
+            self.steps += 1
+            return super().step(*batch)
+
+        def loss_scale(self) -> float:
+            return 2.0 ** -min(self.steps, 5)
+
+    entrants: list[Scaled] = []
+
+    def make() -> Scaled:
+        entrants.append(Scaled(model_options("xkd", tiny=True), CPU, torch.float32))
+        return entrants[-1]
+
+    contest = race.Race(model_options("xkd", tiny=True), CPU, torch.float32, 2)
+    race.Entrant(make, CPU, contest._views, contest._masks)
+    assert entrants[0].steps == 6
 
 
 def test_batches_are_named() -> None:
@@ -190,3 +225,15 @@ def test_nothing_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("XKD_BENCHMARK_SECONDS", "0")
     contest, _ = case({"reference": Released})
     assert contest.row["seconds"] == {"reference": {"not_reached": True}} and not contest.row["costs"]
+
+
+@pytest.mark.parametrize(("code", "returned", "told"), [(124, 0, True), (1, 1, False)])
+def test_gpu_script_tells_what_was_not_reached(tmp_path: Path, code: int, returned: int, told: bool) -> None:
+    """Red if the last tests, cut off by the deadline, are a failure or a secret, or if a failed one is neither."""
+    stub = tmp_path / "python"
+    stub.write_text(f'#!/bin/bash\n[[ $* != *"-m further"* ]] || exit {code}\n')
+    stub.chmod(0o755)
+    environment = {**os.environ, "XKD_NATIVE": str(tmp_path), "PYTHON": str(stub)}
+    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == returned
+    assert ("kernels' tests: not all reached" in done.stdout) == told

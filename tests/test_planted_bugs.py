@@ -146,7 +146,6 @@ FAST_MODULES = (
     "vit",
     "tokens",
     "half",
-    "refine",
     "autoencoder",
     "graphs",
     "xkd",
@@ -182,12 +181,15 @@ FAST_BUGS = {
     ),
     "local views before the global one, packed": FastBug("xkd", {"torch.cat(pooled)": "torch.cat(pooled[::-1])"}),
     "targets of other patches": FastBug(
-        "xkd", {"order[m][:, self.keep(m) :], options": "order[m][:, : -self.keep(m)], options"}
+        "xkd", {"masked = {m: order[m][:, self.keep(m) :]": "masked = {m: order[m][:, : -self.keep(m)]"}
     ),
     "teacher on the global view": FastBug("xkd", {"teacher_clip = 1 if": "teacher_clip = 0 if"}, {"teacher_view": "local"}),
     "teachers share as students do": FastBug("xkd", {'else ("mats",)': 'else ("mas", "mats")'}, {"variant": "mas"}),
-    "the own attention's mean in refinement": FastBug("refine", {"own * other.mean(dim=-1": "own * own.mean(dim=-1"}, SOFTMAX),
-    "refinement's energy lost": FastBug("refine", {"energy.sqrt() * weighted": "weighted"}),
+    "refined by its own attention alone": FastBug(
+        "xkd", {"attention[own_name], attention[other]": "attention[own_name], attention[own_name]"}, SOFTMAX
+    ),
+    "weights of tokens in another order": FastBug("xkd", {"refine(tokens[own_name]": "refine(tokens[own_name].flip(1)"}),
+    "always the mean mode": FastBug("xkd", {", self.options.refinement": ', "mean"'}, SOFTMAX),
 }
 
 

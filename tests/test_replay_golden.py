@@ -36,7 +36,9 @@ def test_float32_replay_is_exact_to_float32_rounding(golden, implementation):
     assert errors.near_eps < NEAR_EPS * numbers
 
 
-@pytest.mark.parametrize("name", ["xkd_global", pytest.param("mats_global", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["xkd_global", "xkd_local", *(pytest.param(f"{name}_global", marks=pytest.mark.slow) for name in ("mas", "mats"))]
+)
 def test_float32_replay_through_the_kernels(name):
     """Any slip of a kernel, or in how the model packs for it: segments, order of heads, gradients."""
     errors = replay(Golden.read(GOLDEN / f"{name}.safetensors"), torch.float32, "fast", "triton")

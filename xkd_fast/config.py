@@ -286,9 +286,14 @@ class Config:
         require(self.output != "", "output is empty; it must name a folder")
         check_against_model(self.data, self.mel, self.model)
         require(
-            not (self.train.zero_stage == 3 and self.model.cuda_graph),
+            not (self.train.zero_stage == 3 and self.model.cuda_graph is True),
             "model.cuda_graph = true records weights at fixed places, which train.zero_stage = 3 does not keep; set "
             "model.cuda_graph=false, or a lower train.zero_stage",
+        )
+        require(
+            self.train.precision == "bfloat16" or self.model.teacher_precision != "fp8",
+            f"model.teacher_precision = fp8 needs train.precision = bfloat16, which such products give; it is "
+            f"{self.train.precision}",
         )
         waits = "train.zero_stage = 3" if self.train.zero_stage == 3 else "model.objective.mmd_scope = global"
         require(

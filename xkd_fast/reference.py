@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.model.options import AudioOptions, ModelOptions, ObjectiveOptions, VideoOptions
-from xkd_fast.objective.losses import Losses, Outputs
+from xkd_fast.objective.losses import Distilled, Losses, Outputs
 
 LAYER_NORM_EPS = 1e-5
 TARGET_EPS = 1e-6
@@ -273,6 +273,11 @@ def distillation_loss(
     return -(target * log_probabilities).sum(dim=-1).mean()
 
 
+def entropy(logits: Tensor) -> Tensor:
+    """Mean entropy, in nats, of the rows' softmax: [n, K] → scalar."""
+    return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1).mean()
+
+
 def mmd_loss(x: Tensor, y: Tensor, gammas: Sequence[float]) -> Tensor:
     """Squared maximum mean discrepancy of two sets of rows, biased estimator (XKD.md section 7).
 
@@ -450,21 +455,16 @@ class XKD(nn.Module):
         """All losses, from the reconstruction's by modality, logits and refinement weights."""
         objective: ObjectiveOptions = self.options.objective
         distil = {
-            source: distillation_loss(
-                teacher[source],
-                student[target],
-                self.get_buffer(f"{source}_centre"),
-                self.get_buffer(f"{source}_teacher_temperature"),
-                objective.student_temperature,
-            )
+            source: self.distil(source, teacher[source], student[target])
             for source, target in (("video", "audio"), ("audio", "video"))
         }
         everyone = gather_rows if objective.mmd_scope == "global" else lambda rows: rows
         align = {
-            name: mmd_loss(everyone(rows["video"]), everyone(rows["audio"]), objective.mmd_gammas)
+            name: self.align(everyone(rows["video"]), everyone(rows["audio"]))
             for name, rows in (("student", student), ("teacher", teacher))
         }
-        terms = [(a + b) / 2 for a, b in (recon.values(), distil.values(), align.values())]
+        distillation = {source: direction.loss for source, direction in distil.items()}
+        terms = [(a + b) / 2 for a, b in (recon.values(), distillation.values(), align.values())]
         term_weights = (objective.reconstruction_weight, objective.distillation_weight, objective.alignment_weight)
         weighted = [weight * term for weight, term in zip(term_weights, terms, strict=True)]
         total = (weighted[0] + weighted[1] + weighted[2]) / sum(term_weights)
@@ -475,17 +475,32 @@ class XKD(nn.Module):
             alignment=terms[2],
             video_reconstruction=recon["video"],
             audio_reconstruction=recon["audio"],
-            video_to_audio_distillation=distil["video"],
-            audio_to_video_distillation=distil["audio"],
+            video_to_audio_distillation=distillation["video"],
+            audio_to_video_distillation=distillation["audio"],
             student_alignment=align["student"],
             teacher_alignment=align["teacher"],
             outputs=Outputs(
                 student_logits={m: student[m].detach() for m in MODALITIES},
                 teacher_logits=teacher,
                 refinement_weights=weights,
-                teacher_means={m: wide(teacher[m]).mean(dim=0) for m in MODALITIES},
+                teacher_means={m: distil[m].teacher_mean for m in MODALITIES},
+                teacher_entropies={m: distil[m].teacher_entropy for m in MODALITIES},
+                student_entropies={"video": distil["audio"].student_entropy, "audio": distil["video"].student_entropy},
             ),
         )
+
+    def distil(self, source: str, teacher: Tensor, student: Tensor) -> Distilled:
+        """Distillation from a modality's teacher, logits [B, K], to the other one's student, [views·B, K]."""
+        centre, temperature = self.get_buffer(f"{source}_centre"), self.get_buffer(f"{source}_teacher_temperature")
+        student_temperature = self.options.objective.student_temperature
+        loss = distillation_loss(teacher, student, centre, temperature, student_temperature)
+        taught, said = wide(teacher), wide(student.detach())
+        entropies = entropy((taught - centre) / temperature), entropy(said / student_temperature)
+        return Distilled(loss, taught.mean(dim=0), *entropies)
+
+    def align(self, video: Tensor, audio: Tensor) -> Tensor:
+        """Alignment of both modalities' rows, [n, K] and [m, K]."""
+        return mmd_loss(video, audio, self.options.objective.mmd_gammas)
 
 
 # --------------------------------------------------------------------------------------------------- around the optimiser

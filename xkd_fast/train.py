@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from xkd_fast.engine.engine import Engine
     from xkd_fast.engine.reporter import Reporter, StepCost
     from xkd_fast.engine.schedule import Schedule
+    from xkd_fast.model.options import ModelOptions
 
 TELLING = 2.0  # seconds that the first rank has to tell an error, before the launcher ends all ranks for another's end
 
@@ -134,22 +135,25 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
             f"{config.output} holds checkpoints of an earlier run; go on with --resume auto, name another output, or delete it"
         )
     config.train.accumulation(world_size)  # refuses a batch that does not divide, before hours go into rendering
-    first_rank_first(lambda: make_ready(config))
+    model_options, switches = settle(config, world_size)
+    first_rank_first(lambda: make_ready(config, model_options))
 
     stop = StopSignal(launchers)
     pipeline = ViewPipeline.from_config(config, ShardSet.open(training_shards(config)), dist.get_rank(), world_size)
     schedule = Schedule(config, pipeline.sampler.steps_per_epoch)
     last_step = min(schedule.total_steps, config.train.stop_after_steps or schedule.total_steps)
     with MemoryRecord(Path(config.output), config.log.memory_snapshot, own_device()) as record:
-        engine = Engine(build_model(config.model, seed=config.seed), config, deepspeed)
+        engine = Engine(build_model(model_options, seed=config.seed), config, deepspeed)
         state = TrainState.start(config, pipeline.shards, world_size=world_size)
         if path is not None:
             state = checkpoints.load(engine, path, state, config)
         first_rank_first(lambda: write_aside(Path(config.output) / "config.yaml", render_config(config).encode()))
         record.expect(state.step + 1, last_step)
         with pipeline, Reporter(config, engine, state, schedule, step_cost(config, engine)) as reporter:
-            reporter.say(describe(config, engine, world_size, pipeline, schedule, path))
+            reporter.say(describe(config, engine, world_size, pipeline, schedule, switches, path))
             batches = timed(pipeline.batches(*divmod(state.batches, schedule.steps_per_epoch)), reporter)
+            if config.model.teacher_precision == "fp8":
+                batches = checked(batches, engine, reporter)
             while state.step < last_step and not stop.agreed:
                 moment = schedule.at(state.step)
                 engine.prepare(moment)
@@ -171,6 +175,15 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
                 if checkpoints.due(state.step) or state.step == last_step or stop.agreed:
                     reporter.check_savable(state.step)
                     reporter.say(f"checkpoint {checkpoints.save(engine, state, config)}")
+
+
+def settle(config: Config, world_size: int) -> tuple[ModelOptions, list[str]]:
+    """The model's options without an ``auto`` among its switches, and why they are as they are."""
+    from xkd_fast.engine.launch import own_device
+    from xkd_fast.model.switches import obstacles_of, settled
+
+    train, obstacles = config.train, obstacles_of(config.model, config.train.zero_stage)
+    return settled(config.model, own_device(), train.precision, train.clips_per_pass(world_size), obstacles=obstacles)
 
 
 def step_cost(config: Config, engine: Engine) -> StepCost:
@@ -198,6 +211,20 @@ def timed(batches: Iterator[tuple[Views, MaskNoise]], reporter: Reporter) -> Ite
         yield batch
 
 
+def checked(
+    batches: Iterator[tuple[Views, MaskNoise]], engine: Engine, reporter: Reporter
+) -> Iterator[tuple[Views, MaskNoise]]:
+    """The same batches; on the first one, teachers in FP8 are compared with themselves in bfloat16, and the result is told.
+
+    Raises:
+        UserError: they are too far apart.
+    """
+    views, masks = next(batches)
+    reporter.say(engine.check_teachers(views.to(engine.device)))
+    yield views, masks
+    yield from batches
+
+
 def training_shards(config: Config) -> list[Path]:
     """The shard directories of a run: ``data.train``, or the rendered demo's.
 
@@ -213,41 +240,52 @@ def training_shards(config: Config) -> list[Path]:
     return [Path(config.data.demo.shards) / "train"]
 
 
-def make_ready(config: Config) -> None:
+def make_ready(config: Config, model: ModelOptions) -> None:
     """The first rank's part before all others start: what is asked of this machine, and the demo's data where it is missing."""
     from rich.console import Console
 
     from xkd_fast.data.rendered import ensure_rendered
     from xkd_fast.engine.log import require_wandb
     from xkd_fast.model.attention import choose
+    from xkd_fast.model.fp8 import require_fp8
     from xkd_fast.model.kernels import require_kernels
     from xkd_fast.model.vit import require_compiler
 
     if config.log.wandb:
         require_wandb()
-    if config.model.implementation == "fast":
-        choose(config.model.attention)
-        require_kernels(config.model.kernels)
-    if config.model.compile:
+    if model.implementation == "fast":
+        choose(model.attention)
+        require_kernels(model.kernels)
+    if model.compile is True:
         require_compiler()
+    if config.model.teacher_precision == "fp8":
+        require_fp8()
     if not config.data.train:
         ensure_rendered(config, Console(), workers=os.cpu_count() or 1)
 
 
 def describe(
-    config: Config, engine: Engine, world_size: int, pipeline: ViewPipeline, schedule: Schedule, resumed: Path | None
+    config: Config,
+    engine: Engine,
+    world_size: int,
+    pipeline: ViewPipeline,
+    schedule: Schedule,
+    switches: list[str],
+    resumed: Path | None,
 ) -> str:
     """What is about to happen, in a few lines."""
     import torch
 
+    from xkd_fast.model.attention import described as attention_described
     from xkd_fast.model.kernels import described
 
     train, model = config.train, config.model
     clips, accumulation = train.clips_per_pass(world_size), train.accumulation(world_size)
     attention = getattr(engine.module, "attention", None)
-    choices = [f"attention: {attention.name}, {attention.reason}"] if attention else []
+    choices: list[str] = []
     if attention:
-        choices += described(model, engine.device, getattr(torch, train.precision))
+        where = (model, engine.device, getattr(torch, train.precision))
+        choices = [*attention_described(attention, *where), *described(*where), *switches]
     machine = f"{world_size} × {engine.device.type}, {train.precision}, ZeRO {train.zero_stage}"
     lines = [
         f"{model.variant} ({model.implementation}) on {machine}",

@@ -4,7 +4,8 @@
 ``triton`` this package's kernels; on a GPU, and on a CPU under ``TRITON_INTERPRET=1`` (for tests: it is slow).
 ``native`` this package's C++ and CUDA code (``kernels/csrc``), where it has been compiled.
 ``auto``   the fastest of them on this device at this shape, as the benchmark found it (``measured.json``); ``torch`` where it
-           has not been measured. On a CPU ``native`` where an operator has it, or else ``torch``.
+           has not been measured, or where something else was the fastest. On a CPU ``native`` where an operator has it, or
+           else ``torch``. What it takes on a GPU, and why, the logger ``xkd_kernels`` tells once.
 
 An operator is offered by ``torch`` and by one of the two others.
 """
@@ -12,6 +13,7 @@ An operator is offered by ``torch`` and by one of the two others.
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -25,8 +27,31 @@ from xkd_kernels import native
 
 BACKENDS = ("auto", "triton", "native", "torch")
 NATIVE = ("adamw_ema",)  # operators written in C++ and CUDA; the others are Triton's
-OPERATORS = ("packed_attention", "cls_attention", "residual_layer_norm", "bias_gelu", "gather_patches", *NATIVE)
+OPERATORS = (
+    "packed_attention",
+    "cls_attention",
+    "residual_layer_norm",
+    "bias_gelu",
+    "gather_patches",
+    "distillation_loss",
+    "unit_rows",
+    "mmd_loss",
+    "masked_patch_loss",
+    "refine",
+    "quantise_rows",
+    "residual_layer_norm_fp8",
+    "bias_gelu_fp8",
+    *NATIVE,
+)
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as the kernels were loaded; changing it later changes nothing
+RIVALS = {  # who may be the fastest and is no backend: what ``measured.json`` calls them, and what they are
+    "compiled": "torch.compile of its twin",
+    "eager": "its twin, operator by operator,",
+    "flash": "PyTorch's flash attention",
+    "cudnn": "cuDNN's attention",
+}
+WIDEST_HEAD = {"packed_attention": 128, "cls_attention": 128}  # that the kernels were made and compiled for
+LOG = logging.getLogger("xkd_kernels")
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MEASURED = Path(__file__).with_name("measured.json")
 
@@ -45,7 +70,7 @@ class Choice:
 
 @cache
 def measured() -> dict[str, Any]:
-    """The fastest backend by device name, operator, type and shape class."""
+    """Who is the fastest by device name, operator, type and shape class: a backend, or a rival that is none."""
     return json.loads(MEASURED.read_text(encoding="utf-8"))
 
 
@@ -82,6 +107,11 @@ def _warn_once(message: str) -> None:
 
 
 @cache
+def _tell_once(message: str) -> None:
+    LOG.warning(message)
+
+
+@cache
 def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: str, asked: str = "auto") -> Choice:
     """The backend of ``operator`` for tensors of ``dtype`` on ``device``; the same answer for the same question.
 
@@ -103,23 +133,44 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: str, 
     if asked == "torch":
         return Choice("torch", "asked for")
     reason = obstacle(device, dtype, own)
+    if reason is None and own == "triton":
+        reason = _too_wide(operator, shape)
     if asked == own:
         if reason:
             raise BackendError(f"backend {own} of {operator} cannot run here: {reason}; torch can")
         return Choice(own, "asked for")
     if device.type == "cpu" and own == "triton":
         return Choice("torch", "it is the only one that is fast on a CPU")
-    if reason:
-        if own == "native" and dtype == torch.float32:
-            _warn_once(f"{operator} runs by PyTorch's operators, which is slower: {reason}")
-        return Choice("torch", reason)
+    if reason and own == "native" and dtype == torch.float32:
+        _warn_once(f"{operator} runs by PyTorch's operators, which is slower: {reason}")
     if device.type == "cpu":
-        return Choice(own, "it passes over memory once")
-    name, kind = torch.cuda.get_device_name(device), str(dtype).removeprefix("torch.")
+        return Choice("torch", reason) if reason else Choice(own, "it passes over memory once")
+    choice = Choice("torch", reason) if reason else _fastest(operator, device, dtype, shape)
+    if device.type == "cuda":
+        _tell_once(f"{operator} on {_name(device)}: {choice.backend}, {choice.reason}")
+    return choice
+
+
+def _too_wide(operator: str, shape: str) -> str | None:
+    """Why a Triton kernel does not take heads of the last of the sizes in ``shape``; None if it does."""
+    widest = WIDEST_HEAD.get(operator)
+    if widest is None or int(shape.split("x")[-1]) <= widest:
+        return None
+    return f"its kernels take heads of up to {widest} numbers, not of {shape.split('x')[-1]}"
+
+
+def _fastest(operator: str, device: torch.device, dtype: torch.dtype, shape: str) -> Choice:
+    name, kind = _name(device), str(dtype).removeprefix("torch.")
     fastest = measured().get(name, {}).get(operator, {}).get(kind, {}).get(shape)
     if fastest is None:
         return Choice("torch", f"the kernel has not been measured on {name} at this shape")
-    return Choice(fastest, f"measured to be the fastest on {name}")
+    if fastest in BACKENDS:
+        return Choice(fastest, f"measured to be the fastest on {name}")
+    return Choice("torch", f"{RIVALS.get(fastest, fastest)} was measured to be faster than the kernel on {name}")
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else "a GPU that is not there"
 
 
 def backend_of(operator: str, device: torch.device, dtype: torch.dtype, shape: str, asked: str) -> str:

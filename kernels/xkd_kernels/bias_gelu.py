@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from xkd_kernels.backends import backend_of
-from xkd_kernels.checks import require_floats, require_no_tangent, require_one_device, whole_number
-from xkd_kernels.configurations import launch_of
+from xkd_kernels.checks import kernel_type, require_floats, require_no_tangent, require_one_device, whole_number
+from xkd_kernels.configurations import launch_of, on_own_device
 from xkd_kernels.residual_layer_norm import programs_at_once
 
 ROOT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
@@ -50,7 +50,7 @@ def bias_gelu(h: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
         raise ValueError(f"h has the shape {list(h.shape)}, but rows of at least 1 number are wanted")
     require_floats(h=h, bias=bias)
     require_one_device(h=h, bias=bias)
-    if backend_of("bias_gelu", h.device, h.dtype, str(whole_number(h.shape[-1])), backend) == "torch":
+    if backend_of("bias_gelu", h.device, kernel_type(h, bias), str(whole_number(h.shape[-1])), backend) == "torch":
         return F.gelu(h + bias.to(h.dtype))
     require_no_tangent(h, bias)
     return bias_gelu_forward(h, bias)
@@ -60,6 +60,7 @@ def bias_gelu(h: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 @torch.library.custom_op("xkd_kernels::bias_gelu", mutates_args=())
+@on_own_device
 def bias_gelu_forward(h: Tensor, bias: Tensor) -> Tensor:
     """``gelu(h + bias)``, [..., H]."""
     h = h.contiguous()
@@ -77,6 +78,7 @@ def _(h: Tensor, bias: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("xkd_kernels::bias_gelu_backward", mutates_args=())
+@on_own_device
 def bias_gelu_backward(gradient: Tensor, h: Tensor, bias: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of h [..., H] and of the bias [H] in float32, and ``gelu(h + bias)`` if wanted ``again``, or else empty."""
     h, gradient, bias = h.contiguous(), gradient.contiguous(), bias.contiguous()

@@ -24,6 +24,11 @@ def require_float_type(dtype: torch.dtype) -> None:
         raise ValueError(f"dtype = {_short(dtype)}; float64, float32, bfloat16 or float16 is wanted")
 
 
+def kernel_type(x: Tensor, *others: Tensor) -> torch.dtype:
+    """The type by which a kernel is chosen: that of ``x``, or float64 where any other is so, which no kernel computes in."""
+    return torch.float64 if any(other.dtype == torch.float64 for other in others) else x.dtype
+
+
 def require_one_device(**tensors: Tensor) -> None:
     """Raise ``ValueError`` unless all lie on the first one's device."""
     (first, one), *others = tensors.items()
@@ -34,10 +39,23 @@ def require_one_device(**tensors: Tensor) -> None:
 
 def require_no_tangent(*tensors: Tensor) -> None:
     """Raise ``NotImplementedError`` under forward-mode differentiation, which a kernel would leave out without a word."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor.is_floating_point()):
+    if has_tangent(*tensors):
         raise NotImplementedError("the kernels differentiate backward only; for forward mode take backend='torch'")
+
+
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether any is being differentiated forward; never in a compiled program."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor.is_floating_point())
+
+
+def require_no_gradient(**tensors: Tensor) -> None:
+    """Raise ``ValueError`` for a tensor that is to be differentiated, by an operator that cannot be."""
+    for name, tensor in tensors.items():
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient, but this has none; detach it, or call this under torch.no_grad()")
+    require_no_tangent(*tensors.values())
 
 
 def whole_number(value: object) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xkd_kernels.backends import backend_of, shape_class
 from xkd_kernels.checks import require_no_tangent, whole_number
-from xkd_kernels.configurations import launch_of
+from xkd_kernels.configurations import launch_of, on_own_device
 from xkd_kernels.packed_attention import LOG2_E, checked_runs, in_place, load_rows, store_rows
 from xkd_kernels.segments import Runs, segment_tables
 
@@ -38,6 +38,7 @@ def cls_attention(qkv: Tensor, segments: Runs, *, backend: str = "auto") -> Tens
 
     Args:
         qkv: [M, 3, h, d] queries, keys and values as a linear layer wrote them; any strides, read in place where the last is 1.
+            d up to 128, beyond which ``torch`` alone computes.
         segments: (number of segments, tokens of each) in the order of the rows.
         backend: see :mod:`xkd_kernels.backends`.
 
@@ -61,6 +62,7 @@ def cls_attention(qkv: Tensor, segments: Runs, *, backend: str = "auto") -> Tens
 
 
 @torch.library.custom_op("xkd_kernels::cls_attention", mutates_args=())
+@on_own_device
 def cls_attention_forward(qkv: Tensor, counts: list[int], lengths: list[int]) -> Tensor:
     """Probabilities [h, M] float32."""
     qkv, (rows, _, heads, width) = in_place(qkv), qkv.shape
@@ -80,6 +82,7 @@ def _(qkv: Tensor, counts: list[int], lengths: list[int]) -> Tensor:
 
 
 @torch.library.custom_op("xkd_kernels::cls_attention_backward", mutates_args=())
+@on_own_device
 def cls_attention_backward(
     gradient: Tensor, qkv: Tensor, probabilities: Tensor, counts: list[int], lengths: list[int]
 ) -> Tensor:

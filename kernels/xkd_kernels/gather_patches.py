@@ -22,9 +22,10 @@ from torch import Tensor
 
 from xkd_kernels.backends import backend_of
 from xkd_kernels.checks import require_float_type, require_floats, require_no_tangent, require_one_device, whole_number
-from xkd_kernels.configurations import launch_of
+from xkd_kernels.configurations import launch_of, on_own_device
 
 CHANNELS = 4  # at most, where a mean and a deviation are given
+VECTOR = 16  # numbers that one instruction loads at most: 16 bytes
 
 
 def naive_gather_patches(
@@ -81,6 +82,21 @@ def gather_patches(
         IndexError: ids of no patch, on a CPU.
         BackendError: a backend that cannot run here.
     """
+    patch = checked_patch(clip, ids, patch, mean, std)
+    require_float_type(dtype)
+    if gather_backend(clip, patch, dtype, backend) == "torch":
+        return gather_by_indexing(clip, ids, patch, mean, std, dtype)
+    require_no_tangent(clip)
+    return gather_patches_forward(clip, ids, list(patch), list(mean), list(std), dtype)
+
+
+def checked_patch(clip: Tensor, ids: Tensor, patch: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> list[int]:
+    """The patch's extents as whole numbers, once everything is known to fit.
+
+    Raises:
+        ValueError: a patch that does not divide the clip, mean and deviation that do not fit the channels, types, shapes or
+            devices that do not fit.
+    """
     try:
         patch = [whole_number(extent) for extent in patch]
     except TypeError as error:
@@ -101,17 +117,13 @@ def gather_patches(
         raise ValueError(f"std = {list(std)} beside mean = {list(mean)}: as many, each above 0")
     if clip.dtype != torch.uint8:
         require_floats(clip=clip)
-    require_float_type(dtype)
     if ids.ndim != 2 or len(ids) != len(clip) or ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"ids has the shape {list(ids.shape)} and type {str(ids.dtype).removeprefix('torch.')}; [B, n] with the clip's "
             f"B = {len(clip)}, int32 or int64, is wanted"
         )
     require_one_device(clip=clip, ids=ids)
-    if gather_backend(clip, patch, dtype, backend) == "torch":
-        return _by_indexing(clip, ids, patch, mean, std, dtype)
-    require_no_tangent(clip)
-    return gather_patches_forward(clip, ids, list(patch), list(mean), list(std), dtype)
+    return patch
 
 
 def gather_backend(clip: Tensor, patch: Sequence[int], dtype: torch.dtype, backend: str) -> str:
@@ -120,9 +132,10 @@ def gather_backend(clip: Tensor, patch: Sequence[int], dtype: torch.dtype, backe
     return backend_of("gather_patches", clip.device, kind, str(whole_number(clip.shape[1]) * math.prod(patch)), backend)
 
 
-def _by_indexing(
+def gather_by_indexing(
     clip: Tensor, ids: Tensor, patch: Sequence[int], mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
+    """:func:`gather_patches` by PyTorch's operators."""
     axes = len(patch)
     grid = [size // extent for size, extent in zip(clip.shape[2:], patch, strict=True)]
     split = [part for pair in zip(grid, patch, strict=True) for part in pair]
@@ -148,14 +161,15 @@ def _by_indexing(
 
 
 @torch.library.custom_op("xkd_kernels::gather_patches", mutates_args=())
+@on_own_device
 def gather_patches_forward(
     clip: Tensor, ids: Tensor, patch: list[int], mean: list[float], std: list[float], dtype: torch.dtype
 ) -> Tensor:
     """Normalised patches [B, n, P]."""
-    _check_ids(clip, ids, patch)
+    check_ids(clip, ids, patch)
     patches = _empty_patches(clip, ids, patch, dtype)
-    constants, arguments = _geometry(clip, patch)
-    scale, shift = _affine(clip, mean, std)
+    constants, arguments = geometry(clip, patch)
+    scale, shift = affine(clip, mean, std)
     launch = launch_of("gather_patches_forward", patches, str(patches.shape[-1]))
     ids = ids.contiguous()
     _gather_patches_forward_kernel[(ids.numel(),)](
@@ -170,12 +184,13 @@ def _(clip: Tensor, ids: Tensor, patch: list[int], mean: list[float], std: list[
 
 
 @torch.library.custom_op("xkd_kernels::gather_patches_backward", mutates_args=())
+@on_own_device
 def gather_patches_backward(gradient: Tensor, ids: Tensor, clip: Tensor, patch: list[int], std: list[float]) -> Tensor:
     """The gradient of a floating clip, in its type; patches taken twice add up."""
     to_clip = torch.zeros(clip.shape, dtype=torch.float32, device=clip.device)
-    _check_ids(clip, ids, patch)
-    constants, arguments = _geometry(to_clip, patch)
-    scale, _ = _affine(clip, [0.0] * len(std), std)
+    check_ids(clip, ids, patch)
+    constants, arguments = geometry(to_clip, patch)
+    scale, _ = affine(clip, [0.0] * len(std), std)
     launch = launch_of("gather_patches_backward", gradient, str(gradient.shape[-1]))
     ids = ids.contiguous()
     _gather_patches_backward_kernel[(ids.numel(),)](
@@ -202,7 +217,7 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 gather_patches_forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _check_ids(clip: Tensor, ids: Tensor, patch: list[int]) -> None:
+def check_ids(clip: Tensor, ids: Tensor, patch: list[int]) -> None:
     """Interpreted, a kernel would read the host's memory anywhere; a GPU's is not waited for."""
     patches = math.prod(size // extent for size, extent in zip(clip.shape[2:], patch, strict=True))
     if clip.device.type == "cpu" and ids.numel() and not bool(((ids >= 0) & (ids < patches)).all()):
@@ -213,8 +228,8 @@ def _empty_patches(clip: Tensor, ids: Tensor, patch: list[int], dtype: torch.dty
     return torch.empty(*ids.shape, clip.shape[1] * math.prod(patch), dtype=dtype, device=clip.device)
 
 
-def _geometry(clip: Tensor, patch: list[int]) -> tuple[dict[str, int], list[int]]:
-    """Compile-time extents of patch and grid (always three axes), and the clip's strides."""
+def geometry(clip: Tensor, patch: list[int]) -> tuple[dict[str, int], list[int]]:
+    """Compile-time extents of patch and grid (always three axes), the run of neighbouring numbers, and the clip's strides."""
     flat = 3 - len(patch)
     sizes, strides = [1] * flat + list(clip.shape[2:]), [0] * flat + list(clip.stride()[2:])
     extents = [1] * flat + list(patch)
@@ -222,10 +237,19 @@ def _geometry(clip: Tensor, patch: list[int]) -> tuple[dict[str, int], list[int]
     names = ("DEPTH", "HEIGHT", "WIDTH")
     constants = dict(zip(names, extents, strict=True)) | {"GRID_ROWS": rows, "GRID_COLUMNS": columns}
     constants["PATCHES"] = depth * rows * columns
-    return constants | {"CHANNELS": clip.shape[1]}, [*clip.stride()[:2], *strides]
+    return constants | {"CHANNELS": clip.shape[1], "RUN": _run(clip, patch)}, [*clip.stride()[:2], *strides]
 
 
-def _affine(clip: Tensor, mean: list[float], std: list[float]) -> tuple[list[float], list[float]]:
+def _run(clip: Tensor, patch: list[int]) -> int:
+    """How many numbers of a patch always lie side by side, the first of them as many places or a multiple after its origin."""
+    channels, width, strides = clip.shape[1], patch[-1], clip.stride()
+    if (channels > 1 and strides[1] != 1) or (width > 1 and strides[-1] != channels):
+        return 1
+    between = [stride for extent, stride in zip(patch[:-1], strides[2:-1], strict=True) if extent > 1]
+    return math.gcd(VECTOR, width * channels, *between)
+
+
+def affine(clip: Tensor, mean: list[float], std: list[float]) -> tuple[list[float], list[float]]:
     """What a channel's raw values are multiplied by and added to, for :data:`CHANNELS` channels."""
     unit = 255.0 if clip.dtype == torch.uint8 else 1.0
     scale = [1 / (unit * deviation) for deviation in std] or [1 / unit] * CHANNELS
@@ -240,19 +264,33 @@ def _affine(clip: Tensor, mean: list[float], std: list[float]) -> tuple[list[flo
 
 
 @triton.jit
-def _place(patch, numbers, stride_channel, stride_t, stride_h, stride_w,
-           DEPTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GRID_ROWS: tl.constexpr,
-           GRID_COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
-    """Where the ``numbers`` of a patch lie in its clip."""
-    pixel = numbers // CHANNELS
-    w = (patch % GRID_COLUMNS) * WIDTH + pixel % WIDTH
-    h = (patch // GRID_COLUMNS % GRID_ROWS) * HEIGHT + pixel // WIDTH % HEIGHT
-    t = (patch // (GRID_COLUMNS * GRID_ROWS)) * DEPTH + pixel // (WIDTH * HEIGHT)
-    return (numbers % CHANNELS) * stride_channel + t * stride_t + h * stride_h + w * stride_w
+def patch_origin(patch, stride_t, stride_h, stride_w,
+                 DEPTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+                 GRID_ROWS: tl.constexpr, GRID_COLUMNS: tl.constexpr):  # fmt: skip
+    """Where a patch (64-bit) begins in its clip."""
+    row = patch // GRID_COLUMNS % GRID_ROWS
+    return (patch // (GRID_COLUMNS * GRID_ROWS) * DEPTH * stride_t + row * HEIGHT * stride_h
+            + patch % GRID_COLUMNS * WIDTH * stride_w)  # fmt: skip
 
 
 @triton.jit
-def _by_channel(numbers, first, second, third, fourth, CHANNELS: tl.constexpr):
+def number_offsets(numbers, stride_channel, stride_t, stride_h, stride_w,
+                   HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
+    """Where the ``numbers`` of a patch lie, from its origin on; the same of every patch.
+
+    The compiler cannot know that RUN of them are neighbours; told so, it loads them by one instruction.
+    """
+    pixel = numbers // CHANNELS
+    channel, w = (numbers % CHANNELS).to(tl.int64), (pixel % WIDTH).to(tl.int64)
+    h, t = (pixel // WIDTH % HEIGHT).to(tl.int64), (pixel // (WIDTH * HEIGHT)).to(tl.int64)
+    offsets = channel * stride_channel + t * stride_t + h * stride_h + w * stride_w
+    if RUN > 1:
+        offsets = tl.max_contiguous(tl.multiple_of(offsets, RUN), RUN)
+    return offsets
+
+
+@triton.jit
+def by_channel(numbers, first, second, third, fourth, CHANNELS: tl.constexpr):
     """Each number's own of four values, by its channel; the first beyond four channels, where all are the same."""
     channel = numbers % CHANNELS
     values = tl.where(channel == 1, second, first)
@@ -265,22 +303,20 @@ def _gather_patches_forward_kernel(
     clip, ids, patches, count, stride_clip, stride_channel, stride_t, stride_h, stride_w,
     scale_0, scale_1, scale_2, scale_3, shift_0, shift_1, shift_2, shift_3,
     DEPTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GRID_ROWS: tl.constexpr,
-    GRID_COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    GRID_COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     patch = tl.load(ids + place).to(tl.int64)
     is_there = (patch >= 0) & (patch < PATCHES)
     clip += place // count * stride_clip
+    clip += patch_origin(patch, stride_t, stride_h, stride_w, DEPTH, HEIGHT, WIDTH, GRID_ROWS, GRID_COLUMNS)
     NUMBERS: tl.constexpr = DEPTH * HEIGHT * WIDTH * CHANNELS
     for first in range(0, NUMBERS, BLOCK):
         numbers = first + tl.arange(0, BLOCK)
-        where = _place(
-            patch, numbers, stride_channel, stride_t, stride_h, stride_w,
-            DEPTH, HEIGHT, WIDTH, GRID_ROWS, GRID_COLUMNS, CHANNELS,
-        )  # fmt: skip
+        where = number_offsets(numbers, stride_channel, stride_t, stride_h, stride_w, HEIGHT, WIDTH, CHANNELS, RUN)
         values = tl.load(clip + where, mask=(numbers < NUMBERS) & is_there, other=0).to(tl.float32)
-        values *= _by_channel(numbers, scale_0, scale_1, scale_2, scale_3, CHANNELS)
-        values += _by_channel(numbers, shift_0, shift_1, shift_2, shift_3, CHANNELS)
+        values *= by_channel(numbers, scale_0, scale_1, scale_2, scale_3, CHANNELS)
+        values += by_channel(numbers, shift_0, shift_1, shift_2, shift_3, CHANNELS)
         values = tl.where(is_there, values, float("nan"))
         tl.store(patches + place * NUMBERS + numbers, values.to(patches.dtype.element_ty), mask=numbers < NUMBERS)
 
@@ -290,19 +326,17 @@ def _gather_patches_backward_kernel(
     gradient, ids, to_clip, count, stride_clip, stride_channel, stride_t, stride_h, stride_w,
     scale_0, scale_1, scale_2, scale_3,
     DEPTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GRID_ROWS: tl.constexpr,
-    GRID_COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    GRID_COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     patch = tl.load(ids + place).to(tl.int64)
     is_there = (patch >= 0) & (patch < PATCHES)
     to_clip += place // count * stride_clip
+    to_clip += patch_origin(patch, stride_t, stride_h, stride_w, DEPTH, HEIGHT, WIDTH, GRID_ROWS, GRID_COLUMNS)
     NUMBERS: tl.constexpr = DEPTH * HEIGHT * WIDTH * CHANNELS
     for first in range(0, NUMBERS, BLOCK):
         numbers = first + tl.arange(0, BLOCK)
-        where = _place(
-            patch, numbers, stride_channel, stride_t, stride_h, stride_w,
-            DEPTH, HEIGHT, WIDTH, GRID_ROWS, GRID_COLUMNS, CHANNELS,
-        )  # fmt: skip
+        where = number_offsets(numbers, stride_channel, stride_t, stride_h, stride_w, HEIGHT, WIDTH, CHANNELS, RUN)
         values = tl.load(gradient + place * NUMBERS + numbers, mask=numbers < NUMBERS, other=0.0).to(tl.float32)
-        values *= _by_channel(numbers, scale_0, scale_1, scale_2, scale_3, CHANNELS)
+        values *= by_channel(numbers, scale_0, scale_1, scale_2, scale_3, CHANNELS)
         tl.atomic_add(to_clip + where, values, mask=(numbers < NUMBERS) & is_there)

@@ -10,7 +10,7 @@ with a running maximum and sum (Milakov and Gimelshein 2018; Dao et al. 2022), a
 head. Either way the backward pass is a single kernel that writes the packed gradient.
 
 Whole rows end at 128 because a tile's sides are powers of two: 561 scores would take a row of 1024, nearly half of it padding,
-and 141 one of 256; tiles of 64 waste 3 % and 27 %.
+and 141 one of 256; tiles of 64 waste 3 % and 27 %. What longer rows would take of a GPU stands in CONTRIBUTING.md.
 
 Legend: M tokens of all segments together, h heads, d head width.
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from xkd_kernels.backends import backend_of, shape_class
 from xkd_kernels.checks import require_floats, require_no_tangent, whole_number
-from xkd_kernels.configurations import launch_of
+from xkd_kernels.configurations import launch_of, on_own_device
 from xkd_kernels.segments import Runs, SegmentTable, segment_tables, split_runs
 
 LOG2_E = 1.4426950408889634
@@ -50,6 +50,7 @@ def packed_attention(qkv: Tensor, segments: Runs, *, backend: str = "auto") -> T
 
     Args:
         qkv: [M, 3, h, d] queries, keys and values as a linear layer wrote them; any strides, read in place where the last is 1.
+            d up to 128, beyond which ``torch`` alone computes.
         segments: (number of segments, tokens of each) in the order of the rows.
         backend: see :mod:`xkd_kernels.backends`.
 
@@ -103,6 +104,7 @@ def longest_whole(qkv: Tensor) -> int:
 
 
 @torch.library.custom_op("xkd_kernels::packed_attention", mutates_args=())
+@on_own_device
 def packed_attention_forward(qkv: Tensor, counts: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Mixed values [M, h·d] and, where segments are streamed, each row's log2 of its sum of exponentials [h, M] float32."""
     qkv, (rows, _, heads, width) = in_place(qkv), qkv.shape
@@ -130,6 +132,7 @@ def _log_sums(qkv: Tensor, lengths: list[int]) -> Tensor:
 
 
 @torch.library.custom_op("xkd_kernels::packed_attention_backward", mutates_args=())
+@on_own_device
 def packed_attention_backward(
     gradient: Tensor, qkv: Tensor, out: Tensor, log_sums: Tensor, counts: list[int], lengths: list[int]
 ) -> Tensor:
@@ -233,7 +236,8 @@ def _packed_attention_forward_kernel(
         channels = tl.arange(0, WIDTH_BLOCK)
         queries = first_query + tl.arange(0, Q_BLOCK)
         q_part = qkv + head.to(tl.int64) * stride_head
-        k_part, v_part = q_part + stride_part, q_part + 2 * stride_part
+        k_part = q_part + stride_part
+        v_part = k_part + stride_part  # twice the stride may not fit 32 bits
         q = load_rows(q_part, start + queries, queries < length, stride_token, channels, WIDTH)
 
         highest = tl.full([Q_BLOCK], float("-inf"), tl.float32)
@@ -273,8 +277,9 @@ def _packed_attention_whole_backward_kernel(
     row_width = tl.num_programs(1) * WIDTH
     q_grad = to_qkv + head * WIDTH
     part, token = row_width, 3 * row_width  # strides of the packed gradient
-    k = load_rows(q_part + stride_part, key_rows, inside, stride_token, channels, WIDTH)
-    v = load_rows(q_part + 2 * stride_part, key_rows, inside, stride_token, channels, WIDTH)
+    k_part = q_part + stride_part
+    k = load_rows(k_part, key_rows, inside, stride_token, channels, WIDTH)
+    v = load_rows(k_part + stride_part, key_rows, inside, stride_token, channels, WIDTH)
     to_k = tl.zeros([BLOCK, WIDTH_BLOCK], tl.float32)
     to_v = tl.zeros([BLOCK, WIDTH_BLOCK], tl.float32)
     for first_query in range(0, length, STEP):
@@ -310,7 +315,8 @@ def _packed_attention_streamed_backward_kernel(
         channels, tokens = tl.arange(0, WIDTH_BLOCK), first + tl.arange(0, BLOCK)
         inside, own_rows = tokens < length, start + tokens
         q_part = qkv + head.to(tl.int64) * stride_head
-        k_part, v_part = q_part + stride_part, q_part + 2 * stride_part
+        k_part = q_part + stride_part
+        v_part = k_part + stride_part  # twice the stride may not fit 32 bits
         row_width = tl.num_programs(1) * WIDTH
         out += head * WIDTH
         gradient += head * WIDTH

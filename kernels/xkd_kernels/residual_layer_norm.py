@@ -18,8 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from xkd_kernels.backends import backend_of
-from xkd_kernels.checks import require_float_type, require_floats, require_no_tangent, require_one_device, whole_number
-from xkd_kernels.configurations import launch_of
+from xkd_kernels.checks import (
+    kernel_type,
+    require_float_type,
+    require_floats,
+    require_no_tangent,
+    require_one_device,
+    whole_number,
+)
+from xkd_kernels.configurations import launch_of, on_own_device
 
 PROGRAMS_PER_PROCESSOR = 4  # of the backward pass: each sums its rows' gradients of weight and bias
 
@@ -49,7 +56,7 @@ def residual_layer_norm(
 
     Args:
         x: [..., D] the stream, float32 or a half type.
-        branch: [..., D] of any floating type.
+        branch: [..., D] of any floating type; float64 is for ``torch`` alone, as of weight and bias.
         weight, bias: [D].
         eps: added to the variance.
         dtype: of the normalised output; None = that of ``x``.
@@ -71,7 +78,8 @@ def residual_layer_norm(
     require_floats(x=x, branch=branch, weight=weight, bias=bias)
     require_float_type(dtype)
     require_one_device(x=x, branch=branch, weight=weight, bias=bias)
-    if backend_of("residual_layer_norm", x.device, x.dtype, str(width), backend) == "torch":
+    kind = kernel_type(x, branch, weight, bias)
+    if backend_of("residual_layer_norm", x.device, kind, str(width), backend) == "torch":
         total = (x + branch).to(x.dtype)
         return total, F.layer_norm(total, (width,), weight.to(x.dtype), bias.to(x.dtype), eps).to(dtype)
     require_no_tangent(x, branch, weight, bias)
@@ -83,6 +91,7 @@ def residual_layer_norm(
 
 
 @torch.library.custom_op("xkd_kernels::residual_layer_norm", mutates_args=())
+@on_own_device
 def residual_layer_norm_forward(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,6 +120,7 @@ def _(
 
 
 @torch.library.custom_op("xkd_kernels::residual_layer_norm_backward", mutates_args=())
+@on_own_device
 def residual_layer_norm_backward(
     to_total: Tensor | None,
     to_normalised: Tensor,

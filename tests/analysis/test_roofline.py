@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import xkd_kernels as kernels
 from benchmarks.kernel_cases import CASES
-from benchmarks.roofline import KINDS, floors, kind_of, step_costs, step_table
+from benchmarks.roofline import KINDS, floors, kind_of, step_costs
 from xkd_fast.analysis.flops import flop_counter, step_flops, total
-from xkd_fast.analysis.roofline import DEVICES, Cost, Device, Traffic, cost, patches_read, touched
+from xkd_fast.analysis.roofline import DEVICES, SHEETS, Cost, Device, Traffic, cost, patches_read, touched
 from xkd_fast.model.options import EncoderOptions, ModelOptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +82,22 @@ def test_what_our_operators_cost() -> None:
     assert (looks.bytes, looks.sectors) == (expected.bytes, expected.sectors)
 
 
+def test_what_objectives_and_refinement_cost() -> None:
+    """Red if targets are counted as written, CLS tokens as read, or the backward pass does not read the clip again."""
+    count, numbers = 4 * 8, 64
+    with FakeTensorMode():
+        predicted = torch.empty(4, 8, numbers, dtype=HALF, requires_grad=True)
+        clip, ids = torch.empty(4, 1, 16, 64), torch.empty(4, 8, dtype=torch.int64)
+        with Traffic() as traffic:
+            kernels.masked_patch_loss(predicted, clip, ids, (4, 16), backend="triton").backward()
+        looks = [torch.empty(4, 2, patches) for patches in (16, 24)]
+        refined = cost(lambda: kernels.refine(torch.empty(4, 17, 32)[:, 1:], *looks, backend="triton"))
+    once = count * (numbers * (2 + 4) + 8 + 2 * 4) + 4  # predictions, patches, ids, two numbers of each patch; the loss
+    assert traffic.costs["xkd_kernels.masked_patch_loss"].bytes == once
+    assert traffic.costs["xkd_kernels.masked_patch_loss_backward"].bytes == once + count * numbers * 2
+    assert refined.bytes == 4 * 4 * (16 * 32 + 2 * 16 + 2 * 24 + 32 + 16)
+
+
 def test_backward_passes_of_our_operators() -> None:
     """Red if the gradient, what was kept, or a result is left out, or an attention product is."""
     rows, size, lengths = 320, 32, [(1, 320)]
@@ -97,6 +112,45 @@ def test_backward_passes_of_our_operators() -> None:
             assert found.bytes == 2 * (2 * rows * 9 * size) + 2 * rows * 3 * size + streamed + sums
             squares = sum(count * length**2 for count, length in segments)
             assert found.products == each * squares * 3 * size
+
+
+def test_segments_of_both_regimes_in_one_call() -> None:
+    """Red if whole segments are taken to make their scores twice where another one is streamed."""
+    with FakeTensorMode():
+        qkv = torch.empty(500, 3, 3, 32, dtype=HALF, requires_grad=True)
+        out = kernels.packed_attention(qkv, [(5, 60), (1, 200)], backend="triton")
+        with Traffic() as traffic:
+            out.backward(torch.empty_like(out))
+    found = traffic.costs["xkd_kernels.packed_attention_backward"]
+    assert found.products == (10 * 5 * 60**2 + 14 * 200**2) * 3 * 32
+
+
+def test_backward_passes_of_cls_attention_and_gather() -> None:
+    """Red if they are counted as elementwise operators: what they leave alone read, or what they add to only written."""
+    with FakeTensorMode():
+        qkv = torch.empty(64, 3, 3, 32, dtype=HALF, requires_grad=True)
+        looks = kernels.cls_attention(qkv, [(2, 24), (1, 16)], backend="triton")
+        clip = torch.empty(2, 3, 8, 32, 48, dtype=HALF, requires_grad=True)
+        patches = kernels.gather_patches(clip, torch.zeros(2, 5, dtype=torch.int64), (4, 16, 16), backend="triton")
+        with Traffic() as traffic:
+            torch.autograd.backward([looks, patches], [torch.empty_like(looks), torch.empty_like(patches)])
+    found = traffic.costs["xkd_kernels.cls_attention_backward"]
+    expected = moved((3 * 64, 4), (3 * 64, 4), (64 * 3 * 32, 2), (64 * 9 * 32, 2), (3 * 3 * 32, 2))
+    assert (found.bytes, found.sectors, found.products) == (expected.bytes, expected.sectors, 0)
+    assert found.others == (3 * 32 + 5) * 3 * 64
+    found, numbers = traffic.costs["xkd_kernels.gather_patches_backward"], 10 * 3072
+    pixels = 2 * 3 * 8 * 32 * 48
+    expected = moved((numbers, 4), (10, 8), (pixels, 4), (numbers, 4), (numbers, 4), (pixels, 4), (pixels, 2))
+    assert found.bytes == expected.bytes and found.sectors == expected.sectors + 1  # 80 bytes of ids are 3 sectors
+
+
+@pytest.mark.parametrize(
+    ("name", "sheet"),
+    [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", None), ("NVIDIA GH200 480GB", None), ("NVIDIA H200", "H200")],
+)
+def test_a_data_sheet_is_that_of_the_very_device(name: str, sheet: str | None) -> None:
+    """Red if a device is held against another one's limits, whose name is part of its own."""
+    assert SHEETS.get(name) == sheet and set(SHEETS.values()) == set(DEVICES)
 
 
 @pytest.mark.parametrize(("channels_last", "sectors"), [(True, 2), (False, 3)])
@@ -176,12 +230,3 @@ def test_the_command_prints_them() -> None:
     (forward,) = [row for row in json.loads(printed) if (row["way"], row["code"]) == ("forward", "fused")]
     assert forward["cost"]["bytes"] == 2 * (3 * 254 * 3072 * 2) + 3072 * 4
     assert forward["seconds"]["H100"] == pytest.approx(forward["cost"]["sectors"] * 32 / 3.35e12)
-
-
-def test_the_kernels_readme_tells_what_the_command_prints() -> None:
-    """Red if the share that the kernels address is that of an older step."""
-    readme = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
-    for line in step_table(32)[1:]:
-        kind, plain, ours = re.fullmatch(r"(.+?) +([\d.]+) +([\d.]+)", line).groups()  # type: ignore[union-attr]
-        first = f"{float(plain):.1f}" if float(plain) else "-"
-        assert f"| {kind} | {first} | {float(ours):.1f} |" in readme, line

@@ -19,8 +19,10 @@ from xkd_fast.engine.launch import start_deepspeed
 from xkd_fast.engine.schedule import Moment
 from xkd_fast.engine.zero import whole
 from xkd_fast.model.build import build_model
-from xkd_fast.model.options import ModelOptions
+from xkd_fast.model.options import EncoderOptions, ModelOptions
+from xkd_fast.reference import MODALITIES
 from xkd_fast.weights import write_safetensors
+from xkd_kernels import naive_quantise_rows
 
 STEPS, BATCH = 3, 16
 # With the usual eps of 1e-8 AdamW turns the rounding of a gradient that is nearly 0 into a whole step.
@@ -40,6 +42,7 @@ class Cell:
     scope: str = "rank"  # of the MMD
     offload: bool = False
     checkpointing: bool = False
+    fp8: bool = False  # the teachers
     overflow: bool = False  # a loss scale at which the first attempts overflow
 
     @property
@@ -58,6 +61,8 @@ def moment(step: int) -> Moment:
 def cell_options(cell: Cell) -> ModelOptions:
     """The model of a cell."""
     options = tiny_options(variant=cell.variant, implementation=cell.implementation, checkpointing=cell.checkpointing)
+    if cell.fp8:
+        options = replace(options, encoder=EncoderOptions(32, 2, 4), teacher_precision="fp8")
     return replace(options, objective=replace(options.objective, mmd_scope=cell.scope))
 
 
@@ -95,6 +100,8 @@ def train_cell(cell: Cell, deepspeed: Any) -> dict[str, torch.Tensor]:
         while not applied:
             engine.prepare(moment(step))
             found = []
+            if cell.fp8 and step == 0:
+                engine.check_teachers(part_of(views, masks, slice(rank * size, (rank + 1) * size))[0])
             for micro in range(engine.accumulation):
                 start = (micro * world_size + rank) * size
                 losses = engine.forward_backward(*part_of(views, masks, slice(start, start + size)))
@@ -107,12 +114,25 @@ def train_cell(cell: Cell, deepspeed: Any) -> dict[str, torch.Tensor]:
     dist.all_reduce(total)
     with whole(list(engine.module.parameters())):
         state = {name: tensor.detach().clone() for name, tensor in engine.module.state_dict().items()}
+        if cell.fp8:
+            require_fresh_copies(engine.module)
     for name, tensor in state.items():
         first = tensor.clone()
         dist.broadcast(first, src=0)
         assert torch.equal(first, tensor), f"{cell.name}: ranks hold different {name}"
     extra = {"total": total / world_size, "norms": torch.stack(norms), "skipped": torch.tensor(skipped)}
     return {**state, **{name: tensor.float() for name, tensor in extra.items()}}
+
+
+def require_fresh_copies(model: Any) -> None:
+    """Whole as they are here, the teachers' weights in E4M3 must be those of the teachers."""
+    with torch.autocast("cpu", torch.bfloat16):
+        copies = model.teachers_for(torch.device("cpu"))
+    for modality in MODALITIES:
+        for original, copy in zip(model.teacher(modality).encoder.blocks, copies[modality].encoder.blocks, strict=True):
+            for name in ("qkv", "proj", "fc1", "fc2"):
+                expected, _ = naive_quantise_rows(getattr(original, name).weight.detach())
+                assert torch.equal(getattr(copy, name).weight.float(), expected.float()), f"{modality} {name} is stale"
 
 
 def main(folder: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from tests.kernels.compare import TOLERANCE, assert_agrees, relative_error
 from xkd_fast.reference import patchify
 from xkd_kernels import gather_patches, naive_gather_patches
-from xkd_kernels.gather_patches import gather_patches_backward, gather_patches_forward
+from xkd_kernels.gather_patches import gather_patches_backward, gather_patches_forward, geometry
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -29,7 +31,7 @@ def some_ids(count, total, device):
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("patch", [(4, 16, 16), (2, 8, 12)])
 def test_video(layout, dtype, patch, device):
     """Catches strides, grid or channels taken in the wrong order, a clip's patches out of another, a missing division."""
@@ -70,6 +72,30 @@ def test_a_patch_taken_twice_gathers_both_gradients(device):
     ids = torch.tensor([[3, 3], [0, 1]], device=device)
     gather_patches(clip, ids, (4, 16, 16), backend="triton").sum().backward()
     assert clip.grad.max() == 2 and clip.grad.sum() == 4 * 3072
+
+
+@pytest.mark.parametrize("patch", [(4, 16, 16), (2, 8, 12), (1, 4, 6), (4, 32, 1), (1, 1, 8)])
+def test_runs_of_numbers_lie_side_by_side(patch):
+    """Catches a load of a vector of no neighbours, or that begins between vectors: no interpreter would show it."""
+
+    def places(*shape):
+        return torch.arange(torch.Size(shape).numel(), device="cpu").view(shape)
+
+    clips = {
+        "channels first": (places(2, 3, 8, 32, 48), 1),
+        "channels first, every third column": (places(2, 3, 8, 32, 144)[..., ::3], 1),
+        "channels last": (places(2, 8, 32, 48, 3).movedim(-1, 1), math.gcd(16, 3 * patch[2])),
+        "channels last, wider rows": (places(2, 8, 32, 50, 3)[:, :, :, :48].movedim(-1, 1), None),
+        "columns first": (places(2, 1, 8, 48, 32).transpose(3, 4), 1 if patch[2] > 1 else None),
+        "one channel": (places(2, 1, 8, 32, 48), math.gcd(16, patch[2])),
+        "one channel, wider rows": (places(2, 1, 8, 32, 50)[..., :48], None),
+        "one channel, every other column": (places(2, 1, 8, 32, 96)[..., ::2], 1),
+    }
+    for name, (clip, expected) in clips.items():
+        run = geometry(clip, list(patch))[0]["RUN"]
+        assert expected in (run, None), name
+        own = clip[0, :, : patch[0], : patch[1], : patch[2]].permute(1, 2, 3, 0).reshape(-1, run)  # origin: 0
+        assert torch.equal(own, own[:, :1] + torch.arange(run)) and not (own[:, 0] % run).any(), name
 
 
 def test_torch_backend_and_types(device):

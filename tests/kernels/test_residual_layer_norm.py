@@ -32,7 +32,7 @@ def naive(*tensors):
 
 
 @pytest.mark.parametrize(("stream", "branch", "dtype"), TYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (17, 63), (141, 24), (2, 9, 141), (3, 768), (2, 2500)])
+@pytest.mark.parametrize("shape", [(1, 1), (17, 63), (141, 24), (2, 9, 141), (561, 8), (3, 768), (2, 2500)])
 def test_agrees_with_the_definition(shape, stream, branch, dtype, device):
     """Catches a mean over the padding, a branch or stream gradient left out, sums of the weight's gradient that lose rows."""
     tolerance = max(TOLERANCE[stream], TOLERANCE[dtype])
@@ -41,13 +41,23 @@ def test_agrees_with_the_definition(shape, stream, branch, dtype, device):
 
 def test_more_rows_than_programs(device):
     """Catches a walk over the rows that stops after the first round or overlaps."""
-    assert_agrees(fused(torch.float32), naive, inputs((393, 20), torch.float32, torch.float32, device), 2e-6)
+    tensors = inputs((393, 20), torch.float32, torch.float32, device)
+    assert_agrees(fused(torch.float32), naive, tensors, 2 * TOLERANCE[torch.float32])
 
 
 def test_statistics_far_from_zero(device):
     """Catches a variance as the difference of two large numbers: at a mean of 1000 that loses half the digits."""
     tensors = inputs((17, 100), torch.float32, torch.float32, device, offset=1000.0)
     assert_agrees(fused(torch.float32), naive, tensors, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-6, 1e4])
+def test_magnitudes(scale, dtype, device):
+    """Catches squares that leave the range of their type, and eps added to the deviation instead of the variance."""
+    tensors = inputs((17, 100), dtype, dtype, device, scale=scale)
+    tensors[1] = (tensors[1] * scale).to(dtype)
+    assert_agrees(fused(dtype), naive, tensors, 2 * TOLERANCE[dtype])
 
 
 def test_each_output_alone_can_be_differentiated(device):

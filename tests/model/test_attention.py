@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tiny import random_batch, tiny_options
 from xkd_fast.errors import UserError
+from xkd_fast.model import attention as module
 from xkd_fast.model.attention import PLAIN, automatic, block_diagonal, choose, eager, group_by_group
-from xkd_fast.model.options import ModelOptions
+from xkd_fast.model.build import build_model
+from xkd_fast.model.options import DecoderOptions, ModelOptions
 from xkd_fast.model.packing import Group, joined
+from xkd_kernels import Choice
 
 HEADS, WIDTH = 3, 8
 GROUPS = [Group(2, 5), Group(1, 17), Group(3, 1)]
@@ -129,3 +133,41 @@ def test_xformers_is_not_compiled() -> None:
     """Red if the pair is only refused by the compiler, at the first step and with its traceback."""
     with pytest.raises(ValueError, match=r"cannot compile model\.attention = xformers.*use auto or sdpa"):
         ModelOptions(compile=True, attention="xformers")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"variant": "mas", "cls_token": False},
+        {"variant": "mats", "teacher_view": "local"},
+        {"decoder": DecoderOptions(width=8, depth=1, heads=2)},
+    ],
+)
+def test_a_run_tells_who_attends_at_every_shape(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if auto takes our kernel at a shape that the run's description leaves out, or tells one that nobody asks for."""
+    options = tiny_options(attention="auto", **changes)
+    asked = []
+
+    def wants(operator: str, kernels: str, x: Tensor, shape: str) -> bool:
+        asked.append((operator, shape))
+        return False
+
+    monkeypatch.setattr(module, "wants", wants)
+    model = build_model(options, seed=0)
+    model(*random_batch(options, 2, dtype=torch.float32))
+    shapes = {shape for operator, shape in asked if operator == "packed_attention"}
+    told = []
+
+    def choice(operator: str, device: torch.device, dtype: torch.dtype, shape: str) -> Choice:
+        told.append((operator, dtype, shape))
+        return Choice("triton" if len(told) == 1 else "torch", "measured")
+
+    monkeypatch.setattr(module, "choose_kernel", choice)
+    lines = module.described(choose("auto"), options, torch.device("cuda"), torch.bfloat16)
+    assert set(told) == {("packed_attention", torch.bfloat16, shape) for shape in shapes}
+    assert lines[0] == f"attention: triton, measured: {told[0][2]}"
+    assert [line.split(", measured: ")[0] for line in lines[1:]] == ["attention: sdpa"] * (len(told) > 1)
+    (line,) = module.described(choose("auto"), options, torch.device("cpu"), torch.bfloat16)
+    assert line.startswith("attention: sdpa, but for bfloat16 on a CPU")
+    assert module.described(choose("eager"), options, torch.device("cuda"), torch.float32) == ["attention: eager, asked for"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -143,9 +144,13 @@ def test_nothing_waits_for_the_device(variant: str, refinement: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("half", (False, True))
-@pytest.mark.parametrize("more", ({}, {"teacher_stream": True}, {"checkpointing": True}, {"compile": True}))
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "more", "half"),
+    [
+        *itertools.product(VARIANTS, ({}, {"teacher_stream": True}, {"checkpointing": True}), (False, True)),
+        ("mas", {"compile": True}, True),  # once: the compiler takes most of a minute
+    ],
+)
 def test_a_cuda_graph_is_the_models_pass(variant: str, more: dict[str, bool], half: bool) -> None:
     """Red if a graph holds something that changes between steps: an input, a cast, a teacher, a centre, a temperature."""
     options = tiny_options(variant=variant, **more)

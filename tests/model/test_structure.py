@@ -21,7 +21,7 @@ from tests.tiny import random_batch, tiny_options
 from xkd_fast.analysis.flops import flop_counter, step_flops, total
 from xkd_fast.analysis.kept import Kept
 from xkd_fast.engine.ema import Teachers
-from xkd_fast.model import tokens, vit
+from xkd_fast.model import tokens, vit, xkd
 from xkd_fast.model.attention import patch_probabilities
 from xkd_fast.model.build import build_model
 from xkd_fast.model.components import listening
@@ -129,8 +129,7 @@ def test_all_tokens_that_share_weights_pass_them_together(variant: str, monkeypa
         spy(monkeypatch, vit, name, lambda block, x, groups, *rest, name=name: calls.update([(id(block), name, len(x))]))
     options = tiny_options(variant=variant, **MANY_VIEWS)
     model, clips = build_model(options, seed=0), {"video": options.video, "audio": options.audio}
-    for head in (getattr(model, role)(m).head for role in ("student", "teacher") for m in MODALITIES):
-        spy(monkeypatch, head, "forward", lambda pooled, head=head: calls.update([(id(head), "head", len(pooled))]))
+    spy(monkeypatch, xkd, "project", lambda head, pooled, kernels: calls.update([(id(head), "head", len(pooled))]))
     model(*random_batch(options, CLIPS, dtype=torch.float32))
 
     expected: Counter[tuple[object, ...]] = Counter()

@@ -39,4 +39,4 @@ class Kept:
         if not isinstance(root, torch.nn.Parameter) and storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.bytes[self._part] += storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself, the output of a node that keeps it would keep the node for ever

@@ -27,6 +27,7 @@ from xkd_fast.engine.updates import choose_update
 from xkd_fast.errors import UserError
 from xkd_fast.files import write_aside
 from xkd_fast.model.attention import Attention
+from xkd_fast.model.attention import described as attention_described
 from xkd_fast.model.build import build_model, random_views
 from xkd_fast.model.components import component, listening
 from xkd_fast.model.kernels import described
@@ -211,7 +212,7 @@ def profile(
     for name, value in (("--clips", clips), ("--steps", steps)):
         if value < 1:
             raise UserError(f"{name} {value} must be 1 or more")
-    if config.model.cuda_graph:
+    if config.model.cuda_graph is True:
         raise UserError("model.cuda_graph = true hides the parts of the step that a profile tells apart; set it to false")
     wanted = config.train.device
     device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
@@ -219,7 +220,7 @@ def profile(
         raise UserError("train.device = cuda, but no GPU is found; set train.device=auto or cpu")
     if nvtx and device.type == "cpu":
         raise UserError("--nvtx marks ranges for Nsight Systems, which needs a GPU; leave it out, or use --trace")
-    if config.model.compile:
+    if config.model.compile is True:
         require_compiler()
     torch.manual_seed(config.seed)
     try:
@@ -227,8 +228,8 @@ def profile(
         step = Step(config, clips, device)
         attention = getattr(step.model, "attention", None)
         if isinstance(attention, Attention):
-            say(f"attention: {attention.name}, {attention.reason}")
-            for line in described(config.model, device, getattr(torch, config.train.precision)):
+            where = (config.model, device, getattr(torch, config.train.precision))
+            for line in (*attention_described(attention, *where), *described(*where)):
                 say(line)
         say(f"optimiser: {step.update_reason}")
         say(f"timing {steps} steps of {clips} clips on {device.type}, {config.train.precision}")

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from xkd_fast.analysis.flops import CPU_ATTENTION
+from xkd_kernels.packed_attention import longest_whole
 
 SECTOR = 32  # bytes that device memory is read and written in
 
@@ -45,6 +46,8 @@ DEVICES = {
     "H100": Device(3.35e12, 989e12, 67e12),  # SXM
     "H200": Device(4.8e12, 989e12, 67e12),
 }
+# What torch calls the devices of these data sheets; an H100 PCIe, an A100 of 40 GB or a GH200 has another.
+SHEETS = {"NVIDIA A100-SXM4-80GB": "A100", "NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200"}
 
 
 @dataclass(frozen=True)
@@ -179,17 +182,32 @@ def _attention_backward(
     gradient: Tensor, qkv: Tensor, mixed: Tensor, sums: Tensor, counts: Sequence[int], lengths: Sequence[int], *, out: Any
 ) -> Cost:
     """Five products of whole rows of scores; streamed tiles make scores and their gradients twice."""
-    scores = qkv.shape[2] * _segments(counts, lengths)
-    each = 14 if sums.numel() else 10
-    return _moved([gradient, qkv, mixed, sums, out]) + Cost(products=each * scores * qkv.shape[3], others=8 * scores)
+    heads, width, limit = qkv.shape[2], qkv.shape[3], longest_whole(qkv)
+    every = heads * _segments(counts, lengths)
+    streamed = heads * sum(count * length**2 for count, length in zip(counts, lengths, strict=True) if length > limit)
+    products = (10 * (every - streamed) + 14 * streamed) * width
+    return _moved([gradient, qkv, mixed, sums, out]) + Cost(products=products, others=8 * every + 4 * streamed)
 
 
 def _cls_attention(qkv: Tensor, counts: Sequence[int], lengths: Sequence[int], *, out: Tensor) -> Cost:
     """Reads all keys and the first queries; values stay where they are."""
     rows, _, heads, width = qkv.shape
-    first = Cost(qkv.element_size() * heads * width * sum(counts))
-    first = Cost(first.bytes, math.ceil(first.bytes / SECTOR))
-    return _moved([qkv[:, 1], out]) + first + Cost(others=(2 * width + 4) * heads * rows)
+    return _moved([qkv[:, 1], out]) + _first_queries(qkv, counts) + Cost(others=(2 * width + 4) * heads * rows)
+
+
+def _cls_attention_backward(
+    gradient: Tensor, qkv: Tensor, probabilities: Tensor, counts: Sequence[int], lengths: Sequence[int], *, out: Tensor
+) -> Cost:
+    """Reads the same and the probabilities; writes gradients of all three parts, most of them zeros."""
+    rows, _, heads, width = qkv.shape
+    moved = _moved([gradient, probabilities, qkv[:, 1], out]) + _first_queries(qkv, counts)
+    return moved + Cost(others=(3 * width + 5) * heads * rows)
+
+
+def _first_queries(qkv: Tensor, counts: Sequence[int]) -> Cost:
+    """Reading the query of each segment's first token."""
+    amount = qkv.element_size() * qkv.shape[2] * qkv.shape[3] * sum(counts)
+    return Cost(amount, math.ceil(amount / SECTOR))
 
 
 def _elementwise(each: int) -> Callable[..., Cost]:
@@ -204,6 +222,32 @@ def _elementwise(each: int) -> Callable[..., Cost]:
 
 def _gather(clip: Tensor, ids: Tensor, patch: Sequence[int], *rest: Any, out: Tensor) -> Cost:
     return _moved([ids, out]) + patches_read(clip, ids.numel(), patch) + Cost(others=2 * out.numel())
+
+
+def _gather_backward(gradient: Tensor, ids: Tensor, clip: Tensor, patch: Sequence[int], std: Any, *, out: Tensor) -> Cost:
+    """Fills a float32 clip with zeros, adds the patches to it in place, and casts it where the clip's type is another."""
+    sums = torch.empty(clip.shape, dtype=torch.float32, device="meta")
+    added = patches_read(sums, ids.numel(), patch)
+    cast = Cost() if clip.dtype == torch.float32 else _whole(sums) + _whole(out) + Cost(others=out.numel())
+    return _moved([gradient, ids]) + _whole(sums) + added + added + cast + Cost(others=2 * gradient.numel())
+
+
+def _masked_patch_loss(predicted: Tensor, clip: Tensor, ids: Tensor, patch: Sequence[int], *rest: Any, out: Any) -> Cost:
+    """Targets are made of what is read: normalised, summed and centred, squared and summed, scaled; then the error."""
+    return _moved([predicted, ids, out]) + patches_read(clip, ids.numel(), patch) + Cost(others=12 * predicted.numel())
+
+
+def _masked_patch_loss_backward(
+    gradient: Tensor, predicted: Tensor, clip: Tensor, ids: Tensor, averages: Tensor, inverse_deviations: Tensor,
+    patch: Sequence[int], *rest: Any, out: Any,
+) -> Cost:  # fmt: skip
+    moved = _moved([gradient, predicted, ids, averages, inverse_deviations, out])
+    return moved + patches_read(clip, ids.numel(), patch) + Cost(others=7 * predicted.numel())
+
+
+def _refine(tokens: Tensor, own: Tensor, other: Tensor, mode: str, *, out: Any) -> Cost:
+    """Every token into two sums; every look into a head's mean, and once more into a weight."""
+    return _moved([tokens, own, other, out]) + Cost(others=3 * tokens.numel() + 6 * own.numel() + other.numel())
 
 
 def patches_read(clip: Tensor, count: int, patch: Sequence[int]) -> Cost:
@@ -228,13 +272,42 @@ def patches_read(clip: Tensor, count: int, patch: Sequence[int]) -> Cost:
     return Cost(count * numbers * size, round(each * runs))
 
 
+def _mmd(x: Tensor, y: Tensor, gammas: Sequence[float], *, out: Tensor) -> Cost:
+    """Of every pair of rows once: for each number a difference and its square added."""
+    rows = len(x) + len(y)
+    pairs = rows * (rows + 1) // 2
+    return _moved([x, y, out]) + Cost(others=pairs * (3 * x.shape[1] + 3 * len(gammas)))
+
+
+def _mmd_backward(gradient: Tensor, x: Tensor, y: Tensor, gammas: Sequence[float], of_x: bool, of_y: bool, *, out: Any) -> Cost:
+    """The distances of the pairs in which a wanted row takes part, and a weighted difference for each of the row's numbers."""
+    rows, wanted = len(x) + len(y), len(x) * of_x + len(y) * of_y
+    pairs = wanted * (wanted + 1) // 2 + wanted * (rows - wanted)
+    others = pairs * (3 * x.shape[1] + 4 * len(gammas)) + 3 * wanted * rows * x.shape[1]
+    return _moved([gradient, x, y, out]) + Cost(others=others)
+
+
 OPERATORS: dict[str, Callable[..., Cost]] = {
     "xkd_kernels.packed_attention": _attention,
     "xkd_kernels.packed_attention_backward": _attention_backward,
     "xkd_kernels.cls_attention": _cls_attention,
+    "xkd_kernels.cls_attention_backward": _cls_attention_backward,
     "xkd_kernels.residual_layer_norm": _elementwise(8),
     "xkd_kernels.residual_layer_norm_backward": _elementwise(14),
     "xkd_kernels.bias_gelu": _elementwise(12),
     "xkd_kernels.bias_gelu_backward": _elementwise(24),
     "xkd_kernels.gather_patches": _gather,
+    "xkd_kernels.gather_patches_backward": _gather_backward,
+    "xkd_kernels.distillation_loss": _elementwise(24),
+    "xkd_kernels.distillation_loss_backward": _elementwise(12),
+    "xkd_kernels.unit_rows": _elementwise(4),
+    "xkd_kernels.unit_rows_backward": _elementwise(7),
+    "xkd_kernels.mmd_loss": _mmd,
+    "xkd_kernels.mmd_loss_backward": _mmd_backward,
+    "xkd_kernels.masked_patch_loss": _masked_patch_loss,
+    "xkd_kernels.masked_patch_loss_backward": _masked_patch_loss_backward,
+    "xkd_kernels.refine": _refine,
+    "xkd_kernels.quantise_rows": _elementwise(8),
+    "xkd_kernels.residual_layer_norm_fp8": _elementwise(16),
+    "xkd_kernels.bias_gelu_fp8": _elementwise(20),
 }

@@ -286,6 +286,7 @@ FREE_OPTIONS = frozenset(
         "log",
         "checkpoint",
         "model.checkpointing",
+        "model.compile",
         "model.teacher_stream",
         "model.cuda_graph",
         "train.threads",

@@ -27,6 +27,7 @@ from xkd_fast.engine.stragglers import Stragglers
 from xkd_fast.engine.updates import choose_update
 from xkd_fast.engine.zero import arrange, gather_whole_model, states_on, told_losses, whole
 from xkd_fast.errors import UserError
+from xkd_fast.model.fp8 import agreement, described, require_agreement, together
 from xkd_fast.objective.losses import Losses
 from xkd_fast.reference import MODALITIES
 
@@ -130,6 +131,24 @@ class Engine:
         self.optimizer.inverse_scale = 1 / self.loss_scale.value
         self.teachers.set_momenta(moment.video_momentum, moment.audio_momentum)
         self.module.set_teacher_temperatures(moment.video_temperature, moment.audio_temperature)
+
+    def check_teachers(self, views: Views) -> str:
+        """Compare teachers in FP8 with themselves in bfloat16 on every rank's batch; a line that says how far apart they are.
+
+        Raises:
+            UserError: too far; on every rank alike.
+        """
+        with whole(list(self.module.parameters())), torch.autocast(self.device.type, torch.bfloat16):
+            own = agreement(self.module, views)
+        parts = [own] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+        found = together(parts)
+        try:
+            require_agreement(found)
+        except UserError as error:
+            error.is_told = dist.get_rank() > 0
+            raise
+        return described(found)
 
     def forward_backward(self, views: Views, masks: MaskNoise) -> Losses:
         """One micro-batch: losses, and their gradients added to the step's."""

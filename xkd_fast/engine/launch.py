@@ -54,6 +54,7 @@ def start_deepspeed(device: str = "auto") -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    logging.getLogger("xkd_kernels").setLevel(logging.ERROR)  # rank 0 tells who computes what
     take_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)

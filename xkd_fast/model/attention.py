@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from xkd_fast.errors import UserError
 from xkd_fast.model.kernels import wants
+from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
 from xkd_fast.model.packing import Group, heads_of, joined, unpack
 from xkd_fast.model.precision import as_written
 from xkd_kernels import cls_attention, obstacle, packed_attention
+from xkd_kernels.backends import choose as choose_kernel
 from xkd_kernels.backends import shape_class
 
 # q: [B, h, n, d], k and v: [B, h, N, d] → [B, n, h·d]
@@ -216,6 +219,38 @@ def choose(name: str) -> Attention:
                 f"model.attention = xformers cannot run here ({type(error).__name__}: {reason}); use sdpa or auto"
             ) from error
     raise UserError(f"model.attention = {name} is not one of auto, {', '.join(PLAIN)}, triton, xformers")
+
+
+def described(attention: Attention, options: ModelOptions, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Who computes attention on ``device`` with products in ``dtype``, and why: ``auto`` answers for each shape on a GPU."""
+    if attention.attend_packed is not automatic_packed or device.type != "cuda":
+        return [f"attention: {attention.name}, {attention.reason}"]
+    answers: dict[str, list[str]] = {}
+    for shape in _packed_shapes(options):
+        choice = choose_kernel("packed_attention", device, dtype, shape)
+        name = "triton" if choice.backend == "triton" else attention.name
+        answers.setdefault(f"{name}, {choice.reason}", []).append(shape)
+    return [f"attention: {answer}: {', '.join(shapes)}" for answer, shapes in answers.items()]
+
+
+def _packed_shapes(options: ModelOptions) -> list[str]:
+    """Shape classes of everything that the model attends in packed form: students, teachers, decoders."""
+    clips: dict[str, VideoOptions | AudioOptions] = {"video": options.video, "audio": options.audio}
+    first = int(options.cls_token)
+    local = {name: math.prod(clip.local_grid) for name, clip in clips.items()}
+    seen = {name: max(clip.keep, local[name] if clip.local_views else 0) for name, clip in clips.items()}
+    whole = {name: clip.tokens for name, clip in clips.items()}
+    taught = local if options.teacher_view == "local" else whole
+    encoder, decoder = (part.width // part.heads for part in (options.encoder, options.decoder))
+    found: dict[str, None] = {}
+    for tokens, width, together in (
+        (seen, encoder, options.variant in ("mas", "mats")),
+        (taught, encoder, options.variant == "mats"),
+        (whole if options.decoder.depth > 1 else {}, decoder, False),  # a decoder's last block asks for some tokens alone
+    ):
+        for longest in [max(tokens.values())] if together else tokens.values():
+            found[f"{shape_class(first + longest)}x{width}"] = None
+    return list(found)
 
 
 def patch_probabilities(q: Tensor, k: Tensor, *, has_cls: bool) -> Tensor:

@@ -48,7 +48,7 @@ def predict_masked(decoder: Decoder, tokens: Tensor, masked: int, attend: Attend
     """The decoder's last block and projection for the last ``masked`` of its tokens: [B, (1 +) N, D] → [B, masked, P]."""
     block: Block = decoder.blocks[-1]  # type: ignore[assignment]
     own = tokens[:, tokens.shape[1] - masked :]
-    _, qkv = residual_norm_linear(tokens, None, block.norm1, block.qkv.weight, block.qkv.bias, kernels)
+    _, qkv = residual_norm_linear(tokens, None, block.norm1, block.qkv, kernels)
     q, k, v = heads_of(qkv, block.heads)
     branch = block.proj(attend(q[:, :, tokens.shape[1] - masked :], k, v))
     return decoder.project_out(added(*mlp(own, branch, block.norm2, block.fc1, block.fc2, kernels)))  # type: ignore[no-any-return]

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xkd_fast.model.fp8 import Fp8Linear
 from xkd_fast.model.kernels import wants
 from xkd_fast.model.packing import added
 from xkd_fast.model.precision import as_written, product_dtype
-from xkd_kernels import bias_gelu, residual_layer_norm
+from xkd_kernels import bias_gelu, bias_gelu_fp8, residual_layer_norm, residual_layer_norm_fp8
 from xkd_kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from xkd_kernels.residual_layer_norm import residual_layer_norm_backward, residual_layer_norm_forward
 
@@ -132,20 +133,25 @@ class _FusedBiasGeluLinear(torch.autograd.Function):
 
 
 def residual_norm_linear(
-    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None, kernels: str
+    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, linear: nn.Linear | Fp8Linear, kernels: str, *, biased: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The stream and a linear layer of its norm: ``s = x + branch``, ``linear(norm(s))``. What is normalised is not kept.
 
     Args:
         x: [..., D] the stream, float32 or wider.
         branch: [..., D] what is added to it; None = nothing.
-        norm, weight, bias: the layers'.
+        norm, linear: the layers.
         kernels: who computes, as ``model.kernels`` says it.
+        biased: whether the linear layer's bias, if it has one, is added here.
 
     Returns:
         s [..., D] in the type of ``x``, and [..., outputs] in the type of products.
     """
     dtype = product_dtype(x)
+    if isinstance(linear, Fp8Linear):
+        total, q, scale = residual_layer_norm_fp8(x, branch, norm.weight, norm.bias, norm.eps, backend=kernels)
+        return total, linear.of_quantised(q, scale, dtype, biased=biased)
+    weight, bias = linear.weight, linear.bias if biased else None
     if branch is None or not wants("residual_layer_norm", kernels, x, str(x.shape[-1])):
         total = added(x, branch)
         if torch.compiler.is_compiling():
@@ -160,14 +166,22 @@ def residual_norm_linear(
 
 
 def mlp(
-    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, kernels: str
+    x: Tensor,
+    branch: Tensor | None,
+    norm: nn.LayerNorm,
+    fc1: nn.Linear | Fp8Linear,
+    fc2: nn.Linear | Fp8Linear,
+    kernels: str,
 ) -> tuple[Tensor, Tensor]:
     """The stream ``s = x + branch`` and the next branch, ``fc2(gelu(fc1(norm(s))))`` with the exact GELU.
 
     Shapes as in :func:`residual_norm_linear`. Neither what is normalised nor what GELU gives is kept.
     """
-    fused = wants("bias_gelu", kernels, x, str(fc1.out_features))  # the bias is added where GELU is computed
-    x, h = residual_norm_linear(x, branch, norm, fc1.weight, None if fused else fc1.bias, kernels)
+    if isinstance(fc2, Fp8Linear):
+        x, h = residual_norm_linear(x, branch, norm, fc1, kernels, biased=False)
+        return x, fc2.of_quantised(*bias_gelu_fp8(h, fc1.bias, backend=kernels), h.dtype)
+    fused = wants("bias_gelu", kernels, x, str(len(fc1.weight)))  # the bias is added where GELU is computed
+    x, h = residual_norm_linear(x, branch, norm, fc1, kernels, biased=not fused)
     if torch.compiler.is_compiling():
         return x, fc2(bias_gelu(h, fc1.bias, backend="triton") if fused else F.gelu(h))
     if fused:

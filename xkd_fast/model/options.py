@@ -16,6 +16,7 @@ Variant = Literal["xkd", "mas", "mats"]
 TeacherView = Literal["global", "local"]
 Refinement = Literal["mean", "softmax"]
 MmdScope = Literal["rank", "global"]
+Switch = Literal["auto", True, False]  # auto: as measured for the device, see model/switches.py
 
 DEFAULT_GAMMAS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 
@@ -125,6 +126,10 @@ class VideoOptions:
         """Numbers in one patch."""
         return self.patch_frames * self.patch_size * self.patch_size * self.channels
 
+    def affine(self, *, is_raw: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation by which a view's pixels are still to be normalised; of 8-bit (raw) pixels alone."""
+        return (self.pixel_mean, self.pixel_std) if is_raw else ((), ())
+
 
 @dataclass(frozen=True)
 class AudioOptions:
@@ -181,6 +186,10 @@ class AudioOptions:
     def patch_numbers(self) -> int:
         """Numbers in one patch."""
         return self.patch_bins * self.patch_frames
+
+    def affine(self, *, is_raw: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """None: spectrograms are taken as they are."""
+        return (), ()
 
 
 def _check_transformer(key: str, width: int, depth: int, heads: int) -> None:
@@ -288,6 +297,7 @@ class ObjectiveOptions:
         )
 
 
+FP8_MULTIPLE = 16  # what a GPU's products of 8-bit floats want of inputs and outputs
 FAST_ONLY = ("compile", "checkpointing", "teacher_stream", "cuda_graph")
 """Switches of the fast implementation that the reference, being plain, refuses."""
 
@@ -309,12 +319,23 @@ class ModelOptions:
         "who computes residual sums with norms, GELU, patches and the teachers' CLS attention of the fast implementation: our "
         "Triton kernels or PyTorch; auto takes what was measured to be faster on the device",
     )
-    compile: bool = option(False, "pass the fast implementation's blocks through torch.compile")
+    compile: Switch = option(
+        "auto", "pass the fast implementation's blocks through torch.compile; auto = where that was measured to be faster"
+    )
     checkpointing: bool = option(
         False, "keep only each block's input and compute the block again in the backward pass: less memory, more time"
     )
-    teacher_stream: bool = option(False, "on a GPU, run the teachers beside the students, on a stream of their own")
-    cuda_graph: bool = option(False, "on a GPU, record forward and backward pass once and launch them as one CUDA graph")
+    teacher_stream: Switch = option(
+        "auto", "on a GPU, run the teachers beside the students, on a stream of their own; auto as for compile"
+    )
+    cuda_graph: Switch = option(
+        "auto", "on a GPU, record forward and backward pass once and launch them as one CUDA graph; auto as for compile"
+    )
+    teacher_precision: Literal["autocast", "fp8"] = option(
+        "autocast",
+        "products of the teachers' blocks: as train.precision says (autocast), or in 8-bit floats, checked against that on the "
+        "first batch (fp8; GPUs of compute capability 8.9 or more, slowly emulated on a CPU)",
+    )
     variant: Variant = option("xkd", "xkd: a stack per modality; mas: students share one; mats: teachers share one too")
     teacher_view: TeacherView = option(
         "global", "what the teachers see: the global view (paper) or first local view (released code)"
@@ -332,15 +353,25 @@ class ModelOptions:
     def __post_init__(self) -> None:
         for name in FAST_ONLY:
             require(
-                self.implementation == "fast" or not getattr(self, name),
+                self.implementation == "fast" or getattr(self, name) is not True,
                 f"model.{name} = true needs model.implementation = fast; the reference is plain",
             )
+        is_fp8, width = self.teacher_precision == "fp8", self.encoder.width
         require(
-            not (self.compile and self.attention == "xformers"),
+            self.implementation == "fast" or not is_fp8,
+            "model.teacher_precision = fp8 needs model.implementation = fast; the reference is plain",
+        )
+        for name, size in (("width", width), ("width × model.mlp_ratio", int(width * self.mlp_ratio))):
+            require(
+                size % FP8_MULTIPLE == 0 or not is_fp8,
+                f"model.encoder.{name} = {size} must be a multiple of {FP8_MULTIPLE} for model.teacher_precision = fp8",
+            )
+        require(
+            not (self.compile is True and self.attention == "xformers"),
             "model.compile = true cannot compile model.attention = xformers, whose mask is made in Python; use auto or sdpa",
         )
         require(
-            not (self.cuda_graph and self.objective.mmd_scope == "global"),
+            not (self.cuda_graph is True and self.objective.mmd_scope == "global"),
             "model.cuda_graph = true needs model.objective.mmd_scope = rank: gathering rows from other ranks is not recorded",
         )
         for name, width in (("encoder", self.encoder.width), ("decoder", self.decoder.width)):
@@ -360,4 +391,4 @@ class ModelOptions:
     def as_reference(self) -> ModelOptions:
         """The same model computed by the reference."""
         plain: dict[str, Any] = dict.fromkeys(FAST_ONLY, False)
-        return replace(self, implementation="reference", **plain)
+        return replace(self, implementation="reference", teacher_precision="autocast", **plain)

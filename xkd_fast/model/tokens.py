@@ -55,8 +55,7 @@ def gather_patches(
     Returns:
         [B, n, P], numbers in the order of ``reference.patchify``.
     """
-    is_raw = isinstance(options, VideoOptions) and clip.dtype == torch.uint8
-    affine = (options.pixel_mean, options.pixel_std) if is_raw else ((), ())  # type: ignore[union-attr]
+    affine = options.affine(is_raw=clip.dtype == torch.uint8)
     return kernel_gather(clip, ids, options.patch, *affine, dtype=dtype or _own_dtype(clip), backend=kernels)
 
 

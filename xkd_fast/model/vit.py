@@ -27,7 +27,7 @@ def run_block(
     What enters it is in two parts too (the branch of the first block is None), because a sum and the norm that follows it are
     one operator.
     """
-    x, qkv = residual_norm_linear(x, branch, block.norm1, block.qkv.weight, block.qkv.bias, kernels)
+    x, qkv = residual_norm_linear(x, branch, block.norm1, block.qkv, kernels)
     branch = block.proj(attend(qkv, groups, block.heads))
     return mlp(x, branch, block.norm2, block.fc1, block.fc2, kernels)
 
@@ -43,7 +43,7 @@ def run_last_block(
     has_cls: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """A block on packed tokens, whole, and each group's probabilities of the patches, [sequences, h, N]."""
-    x, qkv = residual_norm_linear(x, branch, block.norm1, block.qkv.weight, block.qkv.bias, kernels)
+    x, qkv = residual_norm_linear(x, branch, block.norm1, block.qkv, kernels)
     probabilities = packed_patch_probabilities(qkv, groups, block.heads, kernels, has_cls=has_cls)
     branch = block.proj(attend(qkv, groups, block.heads))
     return added(*mlp(x, branch, block.norm2, block.fc1, block.fc2, kernels)), probabilities

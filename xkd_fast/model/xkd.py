@@ -2,7 +2,7 @@
 
 What differs from ``reference.XKD``: only visible patches are gathered and embedded; all student tokens of a modality (in
 XKD-MAS and XKD-MATS of both) pass the blocks as one packed matrix; attention is fused; teachers keep no graph and never form
-an attention matrix; the decoder's last projections and the targets exist at masked positions only.
+an attention matrix; the decoder's last projections exist at masked positions only, the targets inside the loss alone.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.model.attention import choose
 from xkd_fast.model.autoencoder import decode_masked
 from xkd_fast.model.components import component
+from xkd_fast.model.fp8 import fp8_layers
 from xkd_fast.model.graphs import RecordedPass, Recorder, record
 from xkd_fast.model.half import HalfCopy
+from xkd_fast.model.head import project
 from xkd_fast.model.kernels import require_kernels
 from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
 from xkd_fast.model.packing import Group, added, pack, unpack
 from xkd_fast.model.precision import as_written
-from xkd_fast.model.refine import refined_mean, refinement_weights
 from xkd_fast.model.streams import SideStream
-from xkd_fast.model.tokens import check_views, embed, gather_patches
+from xkd_fast.model.tokens import check_views, embed
 from xkd_fast.model.vit import BlockRunner
-from xkd_fast.objective.losses import Losses
-from xkd_fast.objective.reconstruction import patch_error
+from xkd_fast.objective.alignment import align
+from xkd_fast.objective.distillation import distil
+from xkd_fast.objective.losses import Distilled, Losses
+from xkd_fast.objective.reconstruction import reconstruction_loss
 from xkd_fast.reference import MODALITIES, Block, Network
+from xkd_kernels import refine
 
 
 class XKD(reference.XKD):
@@ -37,7 +41,8 @@ class XKD(reference.XKD):
         super().__init__(options)
         self.attention = choose(options.attention)
         require_kernels(options.kernels)
-        self.runner = BlockRunner(self.attention, options.kernels, compiled=options.compile, checkpointed=options.checkpointing)
+        how = {"compiled": options.compile is True, "checkpointed": options.checkpointing}  # auto that nobody settled is off
+        self.runner = BlockRunner(self.attention, options.kernels, **how)
         self._half: HalfCopy | None = None
         self._recorded: RecordedPass | None = None
 
@@ -49,7 +54,7 @@ class XKD(reference.XKD):
         """
         check_views(views, self.options)
         masks = masks or self.draw_masks(views)
-        if self.options.cuda_graph and views.video_global.device.type == "cuda" and torch.is_grad_enabled():
+        if self.options.cuda_graph is True and views.video_global.device.type == "cuda" and torch.is_grad_enabled():
             return self.recorded_losses(views, masks)
         return self.losses(views, masks)
 
@@ -71,10 +76,9 @@ class XKD(reference.XKD):
         clips = {"video": [views.video_global, *views.video_locals], "audio": [views.audio_global, *views.audio_locals]}
         order = {m: noise.argsort(dim=1, stable=True) for m, noise in (("video", masks.video), ("audio", masks.audio))}
 
-        side = SideStream(views.video_global.device, wanted=self.options.teacher_stream)
+        side = SideStream(views.video_global.device, wanted=self.options.teacher_stream is True)
         with side, torch.no_grad(), component("teachers"):
-            teacher_clip = 1 if self.options.teacher_view == "local" else 0
-            teacher_logits, weights = self.teach({m: clips[m][teacher_clip] for m in MODALITIES})
+            teacher_logits, weights = self.teach(self.teacher_clips(views))
         with component("students"):
             encoded = self.encode_students(clips, order)
         predicted, student_logits = {}, {}
@@ -85,7 +89,7 @@ class XKD(reference.XKD):
             with component("heads"):
                 student = self.student(modality)
                 pooled = [student.encoder.patch_tokens(tokens).mean(dim=1) for tokens in encoded[modality]]
-                student_logits[modality] = student.head(torch.cat(pooled))
+                student_logits[modality] = project(student.head, torch.cat(pooled), self.options.kernels)
 
         side.join([*teacher_logits.values(), *weights.values()])
         with component("objectives"), as_written(views.video_global.device):
@@ -111,11 +115,22 @@ class XKD(reference.XKD):
         shared = ("mas", "mats") if role == "student" else ("mats",)
         return [MODALITIES] if self.options.variant in shared else [(modality,) for modality in MODALITIES]
 
+    def teacher_clips(self, views: Views) -> dict[str, Tensor]:
+        """What the teachers see."""
+        if self.options.teacher_view == "local":
+            return {"video": views.video_locals[0], "audio": views.audio_locals[0]}
+        return {"video": views.video_global, "audio": views.audio_global}
+
     @torch.no_grad()
-    def teach(self, clips: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Both teachers on unmasked views: refined logits [B, K] and refinement weights [B, N] by modality."""
-        tokens, attention, logits, weights = {}, {}, {}, {}
-        teachers = self.teachers_for(clips["video"].device)
+    def teach(
+        self, clips: dict[str, Tensor], teachers: dict[str, Network] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Both teachers on unmasked views: refined logits [B, K] and refinement weights [B, N] by modality.
+
+        ``teachers``: those to run; None = those of :meth:`teachers_for`.
+        """
+        tokens, attention = {}, {}
+        teachers = teachers or self.teachers_for(clips["video"].device)
         for together in self.passes("teacher"):
             embedded = [embed(teachers[m].encoder, [clips[m]], visible=None, kernels=self.options.kernels)[0] for m in together]
             x, groups = pack(embedded)
@@ -130,19 +145,30 @@ class XKD(reference.XKD):
                 encoder = teachers[modality].encoder
                 tokens[modality] = encoder.patch_tokens(encoder.norm(rest).view_as(part))
                 attention[modality] = own
-        for own_name, other in (("video", "audio"), ("audio", "video")):
-            weights[own_name] = refinement_weights(attention[own_name], attention[other], self.options.refinement)
-            logits[own_name] = teachers[own_name].head(refined_mean(tokens[own_name], weights[own_name]))
+        return self.refined_logits(teachers, tokens, attention)
+
+    def refined_logits(
+        self, teachers: dict[str, Network], tokens: dict[str, Tensor], attention: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Logits [B, K] and refinement weights [B, N] from both teachers' tokens [B, N, D] and attention [B, h, N]."""
+        logits, weights = {}, {}
+        for own, other in (("video", "audio"), ("audio", "video")):
+            looks = attention[own], attention[other]
+            pooled, weights[own] = refine(tokens[own], *looks, self.options.refinement, backend=self.options.kernels)
+            logits[own] = project(teachers[own].head, pooled, self.options.kernels)
         return logits, weights
 
     def teachers_for(self, device: torch.device) -> dict[str, Network]:
-        """The teachers to run: under autocast, copies whose linear weights are cast already."""
+        """The teachers to run: under autocast, or where they compute in FP8, copies whose linear weights are cast already."""
         originals = {modality: self.teacher(modality) for modality in MODALITIES}
-        if not torch.is_autocast_enabled(device.type):
+        is_half, is_fp8 = torch.is_autocast_enabled(device.type), self.options.teacher_precision == "fp8"
+        if not (is_half or is_fp8):
             return originals
-        dtype, weight = torch.get_autocast_dtype(device.type), originals["video"].head.linear1.weight
+        weight = originals["video"].head.linear1.weight
+        dtype = torch.get_autocast_dtype(device.type) if is_half else weight.dtype
         if self._half is None or not self._half.follows(weight, dtype):
-            self._half = HalfCopy(nn.ModuleDict(originals), dtype)
+            fp8 = fp8_layers(originals.values(), self.options.kernels) if is_fp8 else ()
+            self._half = HalfCopy(nn.ModuleDict(originals), dtype, fp8)
         copies = self._half.fresh()
         return {modality: copies[modality] for modality in MODALITIES}  # type: ignore[misc]
 
@@ -169,9 +195,19 @@ class XKD(reference.XKD):
         teacher: dict[str, Tensor],
         weights: dict[str, Tensor],
     ) -> Losses:
-        """The reference's objectives, given predictions [B, N − keep, P] and targets of masked patches alone."""
+        """The reference's objectives, given predictions [B, N − keep, P] of masked patches alone."""
         options: dict[str, VideoOptions | AudioOptions] = {"video": self.options.video, "audio": self.options.audio}
         kernels = self.options.kernels
-        targets = {m: gather_patches(clips[m][0], order[m][:, self.keep(m) :], options[m], kernels=kernels) for m in MODALITIES}
-        recon = {m: patch_error(predicted[m], targets[m]) for m in MODALITIES}
+        masked = {m: order[m][:, self.keep(m) :] for m in MODALITIES}
+        recon = {m: reconstruction_loss(predicted[m], clips[m][0], masked[m], options[m], kernels) for m in MODALITIES}
         return self.combine(recon, student, teacher, weights)
+
+    def distil(self, source: str, teacher: Tensor, student: Tensor) -> Distilled:
+        """The reference's, in one pass over the logits."""
+        centre, temperature = self.get_buffer(f"{source}_centre"), self.get_buffer(f"{source}_teacher_temperature")
+        student_temperature = self.options.objective.student_temperature
+        return distil(teacher, student, centre, temperature, student_temperature, self.options.kernels)
+
+    def align(self, video: Tensor, audio: Tensor) -> Tensor:
+        """The reference's, without a matrix of all pairs."""
+        return align(video, audio, self.options.objective.mmd_gammas, self.options.kernels)

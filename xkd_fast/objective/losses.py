@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Distilled(NamedTuple):
+    """One direction of distillation, from a modality's teacher to the other one's student: scalars but for the mean."""
+
+    loss: Tensor
+    teacher_mean: Tensor  # [prototypes]
+    teacher_entropy: Tensor
+    student_entropy: Tensor
 
 
 @dataclass
@@ -15,6 +25,8 @@ class Outputs:
     teacher_logits: dict[str, Tensor]  # [B, prototypes]
     refinement_weights: dict[str, Tensor]  # [B, patch tokens of the teacher's view]
     teacher_means: dict[str, Tensor]  # [prototypes]: the batch mean of the teacher's logits, what moves the centre
+    teacher_entropies: dict[str, Tensor]  # scalars, nats: of what the teacher predicts of a clip; ln(prototypes) = uniform
+    student_entropies: dict[str, Tensor]  # likewise, mean over the student's views
 
 
 @dataclass

@@ -6,40 +6,27 @@ loss = mean((predicted − target)²)
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-TARGET_EPS = 1e-6
+from xkd_fast.model.options import AudioOptions, VideoOptions
+from xkd_kernels import masked_patch_loss
 
 
-class _PatchError(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, predicted: Tensor, patches: Tensor) -> Tensor:
-        dtype = torch.promote_types(predicted.dtype, torch.float32)
-        target = patches.to(dtype)
-        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        target = (target - mean).mul_((variance + TARGET_EPS).rsqrt_())
-        difference = predicted.to(dtype) - target
-        ctx.save_for_backward(difference.to(predicted.dtype))
-        return difference.square().mean()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        (difference,) = ctx.saved_tensors
-        scaled = difference.to(gradient.dtype) * (gradient * (2 / difference.numel()))
-        return scaled.to(difference.dtype), None
-
-
-def patch_error(predicted: Tensor, patches: Tensor) -> Tensor:
-    """The loss of some patches; what it keeps for the backward pass is as large as ``predicted``, in its type.
+def reconstruction_loss(
+    predicted: Tensor, clip: Tensor, masked: Tensor, options: VideoOptions | AudioOptions, kernels: str
+) -> Tensor:
+    """The loss of predicted patches, whose targets are made inside of it; no gradient flows to the clip.
 
     Args:
         predicted: [B, n, P] of any floating type.
-        patches: [B, n, P] raw numbers of those patches; no gradient flows to them.
+        clip: video [B, C, T, H, W] or audio [B, 1, F, T], of any strides; a video of uint8 is normalised first.
+        masked: [B, n] token numbers of the predicted patches, in grid order.
+        options: the patches' extent, and the pixels' mean and deviation.
+        kernels: who computes, as ``model.kernels`` says it.
 
     Returns:
         A scalar in float32, or wider where ``predicted`` is.
     """
-    return _PatchError.apply(predicted, patches)  # type: ignore[no-any-return]
+    affine = options.affine(is_raw=clip.dtype == torch.uint8)
+    return masked_patch_loss(predicted, clip, masked, options.patch, *affine, backend=kernels)

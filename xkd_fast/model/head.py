@@ -1,0 +1,28 @@
+"""The projection head's way through: vectors of length 1 on prototypes of length 1, normalised in the type of their product."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from xkd_fast.model.precision import product_dtype
+from xkd_fast.reference import LAYER_NORM_EPS, Head, wide
+from xkd_kernels import unit_rows
+
+
+def project(head: Head, pooled: Tensor, kernels: str) -> Tensor:
+    """Logits of pooled tokens.
+
+    Args:
+        head: its weights.
+        pooled: [rows, D].
+        kernels: who normalises, as ``model.kernels`` says it.
+
+    Returns:
+        [rows, K] in float32, or wider where the input is.
+    """
+    x = F.gelu(head.norm(head.linear1(pooled)))
+    x = F.gelu(head.norm(head.linear2(x)))
+    x = unit_rows(head.linear3(x), backend=kernels)
+    prototypes = unit_rows(head.prototypes, head.prototype_scale, dtype=product_dtype(x), backend=kernels)
+    return F.layer_norm(wide(F.linear(x, prototypes)), (len(prototypes),), eps=LAYER_NORM_EPS)

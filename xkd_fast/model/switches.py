@@ -1,0 +1,70 @@
+"""What ``auto`` means for the fast model's switches: the set that the step's benchmark found to be the fastest on a device.
+
+``measured_steps.json`` holds it by device name, precision and clips per pass; ``python -m benchmarks.adopt`` writes it from the
+committed results. Where nothing was measured, every ``auto`` is off.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xkd_fast.model.options import ModelOptions
+
+SWITCHES = ("compile", "teacher_stream", "cuda_graph")
+MEASURED = Path(__file__).with_name("measured_steps.json")
+
+
+@cache
+def measured_steps() -> dict[str, Any]:
+    """The switches that are on in the fastest step, by device name, precision and clips."""
+    return json.loads(MEASURED.read_text(encoding="utf-8"))
+
+
+def settled(
+    options: ModelOptions, device: torch.device, precision: str, clips: int, *, obstacles: Mapping[str, str]
+) -> tuple[ModelOptions, list[str]]:
+    """The options with every ``auto`` made true or false, and a line that says why.
+
+    Args:
+        options: the model's.
+        device: that it will run on.
+        precision: of the run, such as "bfloat16".
+        clips: per pass of a rank; the measured batch size nearest to it counts.
+        obstacles: what a switch cannot be, and why: such a one is off, whatever was measured.
+    """
+    open_ones = [name for name in SWITCHES if getattr(options, name) == "auto"]
+    off: dict[str, Any] = dict.fromkeys(open_ones, False)
+    if options.implementation != "fast" or not open_ones:
+        return replace(options, **off), []
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    batches = measured_steps().get(name, {}).get(precision, {})
+    if not batches:
+        reason = f"no step in {precision} has been measured on {'this ' if name == 'cpu' else ''}{name}"
+        return replace(options, **off), [f"{', '.join(open_ones)}: off, {reason}"]
+    nearest = min(batches, key=lambda each: abs(int(each) - clips))
+    on: dict[str, Any] = {switch: switch in batches[nearest] and switch not in obstacles for switch in open_ones}
+    lines = [
+        f"{switch}: {'on' if is_on else 'off'}, "
+        + (obstacles[switch] if switch in obstacles and not is_on else f"as in the fastest step of {nearest} clips on {name}")
+        for switch, is_on in on.items()
+    ]
+    return replace(options, **on), lines
+
+
+def obstacles_of(options: ModelOptions, zero_stage: int) -> dict[str, str]:
+    """What no switch may be in a run, and why."""
+    found = {}
+    if zero_stage == 3:
+        found["cuda_graph"] = "ZeRO 3 keeps no weights at fixed places"
+    if options.objective.mmd_scope == "global":
+        found["cuda_graph"] = "gathering rows from other ranks is not recorded"
+    if options.attention == "xformers":
+        found["compile"] = "xformers' mask is made in Python"
+    return found
