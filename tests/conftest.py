@@ -19,6 +19,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [report for each in terminalreporter.stats.values() for report in each if getattr(report, "when", "") == "call"]
     rows = [value for report in reports for name, value in report.user_properties if name == "engine_cell"]
     if rows:
-        terminalreporter.write_line(f"\n{'ranks':>5}  {'cell':64} {'error':>8} {'of movement':>12}  largest in")
-    for world_size, name, error, worst, of_movement in sorted(rows):
-        terminalreporter.write_line(f"{world_size:5}  {name:64} {error:8.1e} {of_movement:12.1e}  {worst}")
+        terminalreporter.write_line(f"\n{'ranks':>5}  {'cell':64} {'error':>8} {'of movement':>12} {'together':>9}  largest in")
+    for world_size, name, error, worst, of_movement, together in sorted(rows):
+        terminalreporter.write_line(f"{world_size:5}  {name:64} {error:8.1e} {of_movement:12.1e} {together:9.1e}  {worst}")

@@ -4,7 +4,7 @@ ranks, with and without accumulation, in every precision and by every implementa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
@@ -24,8 +24,12 @@ from xkd_fast.model.build import build_model
 from xkd_fast.weights import read_safetensors
 
 # Largest error in a tensor, of its largest number; and of the farthest that training moved one of its numbers.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 2e-2, "fp8": 0.1}
-OF_MOVEMENT = {"float32": 1e-3, "bfloat16": 8e-2, "float16": 4e-2, "fp8": 0.1}
+# In half types one rounding the other way spreads: weights drawn 1e-7 apart end 0.15 (bfloat16) and 0.07 (float16) apart in the
+# worst single number of 270 tensors. So there it is the error of all numbers together, of their movement together, that is
+# held tightly: it ends 6e-3, 1.4e-3 and in float32 3e-6 apart.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-1, "float16": 1.5e-1, "fp8": 3e-1}
+OF_MOVEMENT = {"float32": 1e-3, "bfloat16": 3e-1, "float16": 1.5e-1, "fp8": 3e-1}
+TOGETHER = {"float32": 2e-5, "bfloat16": 1.5e-2, "float16": 4e-3, "fp8": 2e-2}
 # At 4 ranks the rest of the matrix: `make test-all`.
 CORE = {
     1: [Cell(0), Cell(3, accumulation=4, variant="mas")],
@@ -146,6 +150,11 @@ def gradient_norm(model: torch.nn.Module) -> torch.Tensor:
     return torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
 
 
+def length(tensors: Iterable[torch.Tensor]) -> float:
+    """L2 norm of all numbers."""
+    return torch.stack([tensor.double().norm() for tensor in tensors]).norm().item()
+
+
 @pytest.mark.parametrize(("world_size", "cell"), list(all_cells()))
 def test_every_cell_equals_one_plain_process(
     world_size: int, cell: Cell, trained: dict[int, Path], record_property: Callable[[str, object], None]
@@ -164,10 +173,13 @@ def test_every_cell_equals_one_plain_process(
     of_movement = {name: far[name] / move for name, move in moves.items() if move > 0}
     assert all(far[name] == 0 for name, move in moves.items() if move == 0)
     worst, most = (max(each, key=lambda name: each[name]) for each in (errors, of_movement))
-    record_property("engine_cell", [world_size, cell.name, errors[worst], worst, of_movement[most]])  # for tests/conftest.py
+    together = length(found[name] - expected[name] for name in start) / length(expected[name] - start[name] for name in start)
+    # for tests/conftest.py
+    record_property("engine_cell", [world_size, cell.name, errors[worst], worst, of_movement[most], together])
     kind = "fp8" if cell.fp8 else cell.precision
     assert errors[worst] <= TOLERANCE[kind], f"{worst}: {errors[worst]:.1e}"
     assert of_movement[most] <= OF_MOVEMENT[kind], f"{most}: {of_movement[most]:.1e} of its movement"
+    assert together <= TOGETHER[kind]
 
 
 @pytest.mark.parametrize("variant", ["xkd", "mas", "mats"])
@@ -221,11 +233,11 @@ def test_the_table_is_printed_where_other_processes_run_the_cells() -> None:
     from tests.conftest import pytest_terminal_summary
 
     lines: list[str] = []
-    row = ("engine_cell", [2, "stage_1", 3e-7, "total", 4e-5])
+    row = ("engine_cell", [2, "stage_1", 3e-7, "total", 4e-5, 5e-6])
     reports = [SimpleNamespace(when=when, user_properties=[row]) for when in ("call", "teardown")]
     stats = {"passed": reports[:1], "": reports[1:], "warnings": [SimpleNamespace()]}
     pytest_terminal_summary(SimpleNamespace(stats=stats, write_line=lines.append))  # type: ignore[arg-type]
-    assert [line.split() for line in lines[1:]] == [["2", "stage_1", "3.0e-07", "4.0e-05", "total"]]
+    assert [line.split() for line in lines[1:]] == [["2", "stage_1", "3.0e-07", "4.0e-05", "5.0e-06", "total"]]
 
 
 def test_every_implementation_of_the_update_is_in_the_matrix() -> None:
