@@ -149,14 +149,22 @@ KEPT = tuple(
 )
 
 
-class PlainObjectives(xkd.XKD):
-    """Heads, refinement and losses by the reference's code, targets among them."""
+class PlainDistillation(xkd.XKD):
+    """Distillation by the reference's code."""
 
     def distil(self, source: str, teacher: Tensor, student: Tensor) -> Distilled:
         return reference.XKD.distil(self, source, teacher, student)
 
+
+class PlainAlignment(xkd.XKD):
+    """Alignment by the reference's code."""
+
     def align(self, video: Tensor, audio: Tensor) -> Tensor:
         return reference.XKD.align(self, video, audio)
+
+
+class PlainReconstruction(xkd.XKD):
+    """Targets are gathered and normalised first, then compared."""
 
     def masked_objectives(
         self, clips: Any, predicted: Any, order: dict[str, Tensor], student: Any, teacher: Any, weights: Any
@@ -172,6 +180,10 @@ class PlainObjectives(xkd.XKD):
         return self.combine(recon, student, teacher, weights)
 
 
+class PlainObjectives(PlainReconstruction, PlainDistillation, PlainAlignment):
+    """All three."""
+
+
 def plain_refine(tokens: Tensor, own: Tensor, other: Tensor, mode: str, *, backend: str) -> tuple[Tensor, Tensor]:
     """With all outer products, and every token weighted before their mean is taken."""
     weights = reference.refinement_weights(own, other, mode)
@@ -183,7 +195,9 @@ def plain_head(head: reference.Head, pooled: Tensor, kernels: str) -> Tensor:
     return head(pooled)  # type: ignore[no-any-return]
 
 
-PLAIN = ((xkd, "project", plain_head), (xkd, "refine", plain_refine))
+HEAD: Functions = ((xkd, "project", plain_head),)
+REFINEMENT: Functions = ((xkd, "refine", plain_refine),)
+PLAIN: Functions = (*HEAD, *REFINEMENT)
 
 
 WITHOUT: dict[str, type[Altered]] = {
@@ -196,16 +210,33 @@ WITHOUT: dict[str, type[Altered]] = {
         altered("one row of the teachers' attention", functions=((vit, "packed_patch_probabilities", whole_matrix),)),
         altered("the teachers' weights cast once", model_class=CastsAtUse),
         altered("recomputed norms and GELU", functions=KEPT),
-        altered("heads, refinement and losses in few passes", model_class=PlainObjectives, functions=PLAIN),
+        altered("targets inside the loss of masked patches", model_class=PlainReconstruction),
+        altered("distillation in one pass", model_class=PlainDistillation),
+        altered("alignment without a matrix of all pairs", model_class=PlainAlignment),
+        altered("refinement in closed form", functions=REFINEMENT),
+        altered("heads normalised in one pass", functions=HEAD),
+        altered("heads, refinement and losses, all of these", model_class=PlainObjectives, functions=PLAIN),
         altered("the optimiser's operator", update=Torch),
     )
 }
 
 
-def added_techniques(device: torch.device) -> dict[str, type[Fast]]:
+FP8 = "teachers in FP8"
+
+
+def added_techniques(device: torch.device, precision: str) -> dict[str, type[Fast]]:
     """What is off by default, by name."""
     found: list[type[Fast]] = [altered("checkpointing", changes={"checkpointing": True}), fast_with("compile")]
+    if precision == "bfloat16":
+        found.append(altered(FP8, changes={"teacher_precision": "fp8"}))
     if device.type == "cuda":
-        found += [altered("our kernels", changes={"kernels": "triton", "attention": "triton"})]
+        found += [
+            altered("our attention", changes={"attention": "triton"}),
+            altered("our other kernels", changes={"kernels": "triton"}),
+            altered("all our kernels", changes={"kernels": "triton", "attention": "triton"}),
+        ]
+        if precision == "bfloat16":
+            both = {"kernels": "triton", "attention": "triton", "teacher_precision": "fp8"}
+            found.append(altered(f"all our kernels, {FP8}", changes=both))
         found += [fast_with("teacher_stream"), fast_with("cuda_graph"), fast_with("teacher_stream", "cuda_graph")]
     return {kind.name: kind for kind in found}

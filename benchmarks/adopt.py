@@ -3,8 +3,8 @@
 Reads every ``benchmarks/results/kernels_*.json`` and writes ``kernels/xkd_kernels/measured.json`` (who computes an operator on
 which device) and ``tuned.json`` (how its kernels are launched there). Triton computes where its forward and backward pass
 together take less time than those of every rival; where one is faster, PyTorch computes and the rival is named. A launch is
-taken up where it was faster than the default. Cases that share operator, type and shape class decide together. From
-``optimizer_cuda.json`` likewise: the optimiser's compiled operator where it beats every rival. From ``step_cuda_xkd_*.json`` it
+taken up where it was faster than the default. Cases that share operator, type and shape class decide together. From GPUs'
+``optimizer_*.json`` likewise: the optimiser's compiled operator where it beats every rival. From their ``step_*_xkd_*.json`` it
 writes ``xkd_fast/model/measured_steps.json``: the switches of the fast model (compile, teacher_stream, cuda_graph) that make
 its step the fastest, by device, precision and clips.
 """
@@ -57,7 +57,11 @@ def switches(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str,
     found: dict[str, dict[str, dict[str, list[str]]]] = {}
     for result in results:
         for row in result["rows"]:
-            took = {name: ratio["median"] for name, ratio in row["fast_against"].items() if name.startswith("fast + ")}
+            took = {
+                name: ratio["median"]
+                for name, ratio in row["fast_against"].items()
+                if name.startswith("fast + ") and not row["allocation_retries"].get(name)
+            }
             best = min(took, key=lambda name: took[name], default="fast")
             wins = best in took and took[best] < GAIN  # of the time that the plain one took
             batches = found.setdefault(result["gpu"], {}).setdefault(result["precision"], {})
@@ -108,12 +112,15 @@ def tables(folder: Path) -> dict[Path, Any]:
     def read(pattern: str) -> list[dict[str, Any]]:
         return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(pattern))]
 
+    def of_gpus(pattern: str) -> list[dict[str, Any]]:
+        return [result for result in read(pattern) if result.get("gpu")]
+
     results = read("kernels_*.json")
     measured: Table = {}
-    for table in (winners(results), optimizers(read("optimizer_cuda*.json"))):
+    for table in (winners(results), optimizers(of_gpus("optimizer_*.json"))):
         for gpu, operators in table.items():
             measured.setdefault(gpu, {}).update(operators)
-    return {MEASURED: measured, TUNED: launches(results), MEASURED_STEPS: switches(read("step_cuda_xkd_*.json"))}
+    return {MEASURED: measured, TUNED: launches(results), MEASURED_STEPS: switches(of_gpus("step_*_xkd_*.json"))}
 
 
 def text(table: Any) -> str:

@@ -28,7 +28,7 @@ fi
 command -v "$python" >/dev/null || { echo "error: PYTHON=$python is not found" >&2; exit 2; }
 "$python" -c 'import torch, triton, pytest' 2>/dev/null || { echo "error: $python lacks torch, Triton or pytest" >&2; exit 2; }
 
-tests=(tests/model/test_fast_model.py tests/model/test_attention.py tests/model/test_graphs.py)
+tests=(tests/model/test_{fast_model,fp8,attention,graphs}.py)
 if [[ "${1:-}" == --smoke ]] || ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     XKD_BENCHMARK_RESULTS=$(mktemp -d)
     export XKD_BENCHMARK_RESULTS

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from xkd_fast.analysis.provenance import provenance
 
 RESULTS = Path(os.environ.get("XKD_BENCHMARK_RESULTS") or Path(__file__).parent / "results")
@@ -17,6 +19,11 @@ RESULTS = Path(os.environ.get("XKD_BENCHMARK_RESULTS") or Path(__file__).parent 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
     """Median, extremes and number of the measurements."""
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "runs": len(seconds)}
+
+
+def place(device: torch.device) -> str:
+    """What a result's name says of where it was measured: ``cpu``, or the GPU's name."""
+    return torch.cuda.get_device_name(device).replace(" ", "_").lower() if device.type == "cuda" else device.type
 
 
 def write(name: str, result: dict[str, Any]) -> Path:

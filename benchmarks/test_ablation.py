@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from benchmarks import record
-from benchmarks.ablation import WITHOUT, added_techniques
+from benchmarks.ablation import FP8, WITHOUT, added_techniques
 from benchmarks.race import Race, report, too_late
 from benchmarks.test_step import CLIPS, CLOSE, model_options, named_batches
 from xkd_fast.model.options import Variant
 
+FAR = 0.2  # the most that a term of the loss may differ where teachers are rounded to 8 bits
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -43,17 +44,18 @@ def test_ablation(measuring: bool, precision: str, clips: int, rounds: int, rows
     variant: Variant = "xkd"
     race = Race(model_options(variant, tiny=not measuring), DEVICE, getattr(torch, precision), clips)
     rows[precision].append(race.row)
-    more = added_techniques(DEVICE)
+    more = added_techniques(DEVICE, precision)
     if not measuring:
         more.pop("fast + compile")  # half a minute for nothing: tests/model/test_structure.py compares compiled steps
     gpu = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else None
     result = {"gpu": gpu, "model": "xkd base", "precision": precision, "without": list(WITHOUT), "with": list(more)}
     for _ in race.run({**WITHOUT, **more}, rounds, counted=WITHOUT):
         if measuring:
-            record.write(f"ablation_{DEVICE.type}_{precision}", {**result, "rows": rows[precision]})
+            record.write(f"ablation_{record.place(DEVICE)}_{precision}", {**result, "rows": rows[precision]})
     report(title, race.row)
     if race.errors:
         raise race.errors[0]
     for name, difference in race.row["disagreement"].items():
-        assert difference < CLOSE[precision], f"{name}'s loss is not the fast model's: {race.row['disagreement']}"
+        close = FAR if FP8 in name else CLOSE[precision]
+        assert difference < close, f"{name}'s loss is not the fast model's: {race.row['disagreement']}"
     assert race.row["fast_against"].keys() == {*WITHOUT, *more}

@@ -75,4 +75,4 @@ def test_attention(measuring: bool, precision: str) -> None:
         print(f"{precision}, {clips} clips, {part}: {sums}")
     if measuring:
         result = {"precision": precision, "clips": clips, "heads": HEADS, "seconds_per_step": total, "rows": rows}
-        record.write(f"attention_{device.type}_{precision}", result)
+        record.write(f"attention_{record.place(device)}_{precision}", result)

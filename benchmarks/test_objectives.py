@@ -6,12 +6,14 @@ Without ``--benchmark`` a smoke test at tiny sizes, which checks that all comput
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import measure, record, timing
+from benchmarks.ablation import WITHOUT
 from benchmarks.contestants import Fast
 from benchmarks.objectives import Contestant, given
 from benchmarks.race import too_late
@@ -21,6 +23,7 @@ from xkd_fast.model.build import random_views
 from xkd_kernels import obstacle
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ALL = "heads, refinement and losses, all of these"
 STEPS = 3  # of the whole fast model, for the share
 CLOSE = {"float32": 2e-3, "bfloat16": 5e-2}  # of the largest number: the most that a gradient may be off
 NAMES = {"plain": None, "torch": "torch", "kernels": "triton"}
@@ -49,12 +52,14 @@ def contestants(dtype: torch.dtype, clips: int, *, tiny: bool) -> dict[str, Cont
     return {name: Contestant(options, batch, dtype, kernels) for name, kernels in NAMES.items() if runs or kernels != "triton"}
 
 
-def step_seconds(dtype: torch.dtype, clips: int, rounds: int) -> dict[str, float]:
-    """Of the fast model's whole step."""
+def step_seconds(dtype: torch.dtype, clips: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Of the fast model's whole step, with the reference's code at this place (``plain``) and as it is (``torch``)."""
     options = model_options("xkd", tiny=False)
-    fast, views = Fast(options, DEVICE, dtype), random_views(options, clips, DEVICE)
+    views = random_views(options, clips, DEVICE)
     masks = MaskNoise(*(torch.rand(clips, part.tokens, device=DEVICE) for part in (options.video, options.audio)))
-    return record.spread(timing.seconds({"step": lambda: fast.step(views, masks)}, DEVICE, rounds)["step"])
+    steps = {name: kind(options, DEVICE, dtype).step for name, kind in (("plain", WITHOUT[ALL]), ("torch", Fast))}
+    works = {name: partial(step, views, masks) for name, step in steps.items()}
+    return {name: record.spread(each) for name, each in timing.seconds(works, DEVICE, rounds).items()}
 
 
 def test_objectives(measuring: bool, precision: str, clips: int, rounds: int, rows: list[dict[str, Any]]) -> None:
@@ -82,7 +87,7 @@ def test_objectives(measuring: bool, precision: str, clips: int, rounds: int, ro
         row["step_seconds"] = step_seconds(dtype, clips, STEPS)
         rows.append(row)
         gpu = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else None
-        record.write(f"objectives_{DEVICE.type}", {"gpu": gpu, "model": "xkd base", "rows": rows})
+        record.write(f"objectives_{record.place(DEVICE)}", {"gpu": gpu, "model": "xkd base", "rows": rows})
     print(told(title, row))
 
 
@@ -90,7 +95,8 @@ def told(title: str, row: dict[str, Any]) -> str:
     """A line for each contestant."""
     lines = [title]
     for name, seconds in row["seconds"].items():
-        share = f" ({seconds['median'] / row['step_seconds']['median']:.1%} of a step)" if "step_seconds" in row else ""
+        step = row.get("step_seconds", {}).get("plain" if name == "plain" else "torch")
+        share = f" ({seconds['median'] / step['median']:.1%} of a step with it)" if step else ""
         faster, kept = row["plain_against"][name]["median"], row["saved_bytes"][name] / 2**20
         lines.append(
             f"  {name}: {1e3 * seconds['median']:.1f} ms{share}, {faster:.2f} × plain; {row['launches'][name]} launches, "

@@ -184,7 +184,7 @@ def test_optimizer(measuring: bool, rival: type[Contestant], results: dict[str, 
         floor = {"bytes": moved, "bytes_per_second_in_place": in_place_speed()}
         gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
         backend = pair[0].local.optimizer.update.backend
-        record.write(f"optimizer_{DEVICE.type}", {"gpu": gpu, "backend": backend, "floor": floor, "rivals": results})
+        record.write(f"optimizer_{record.place(DEVICE)}", {"gpu": gpu, "backend": backend, "floor": floor, "rivals": results})
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ def test_step(
     }
     for _ in race.run(rivals(DEVICE, compiled=compiled, all_choices=everything), rounds):
         if measuring or "XKD_BENCHMARK_RESULTS" in os.environ:  # after every pair: what comes later may fail
-            record.write(f"step_{DEVICE.type}_{variant}_{precision}", {**result, "rows": rows[variant, precision]})
+            record.write(f"step_{record.place(DEVICE)}_{variant}_{precision}", {**result, "rows": rows[variant, precision]})
     report(title, race.row)
     if race.errors:
         raise race.errors[0]

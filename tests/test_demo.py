@@ -44,7 +44,8 @@ def test_a_half_trained_model_is_not_evaluated(tmp_path: Path) -> None:
 def test_nothing_is_rendered_for_a_run_on_data_of_ones_own(tmp_path: Path) -> None:
     """Red if a run that names its shards still spends minutes on the demo's."""
     places = [f"data.demo.videos={tmp_path}/videos", f"data.demo.shards={tmp_path}/shards"]
-    make_ready(load_config("demo", [*places, f"output={tmp_path}/run", "data.train=[somewhere]"]))
+    config = load_config("demo", [*places, f"output={tmp_path}/run", "data.train=[somewhere]"])
+    make_ready(config, config.model)
     assert not list(tmp_path.iterdir())
 
 

@@ -38,6 +38,7 @@ CENTRES = "        reference.update_centres(model, losses.outputs.teacher_means)
 CENTRES_IN_LOSS = "        update_centres(self, {m: teacher[m].mean(0) for m in MODALITIES})\n"
 STEP = "        optimizer.step()\n"
 LOCAL_TEACHER = 'local_teacher = self.options.teacher_view == "local"'
+OTHER = """f"{'audio' if source == 'video' else 'video'}"""
 ALL_NORMS = "torch.stack([p.grad.norm() for p in clipped_parameters(model) if p.grad is not None]).norm()"
 
 BUGS = {
@@ -46,12 +47,12 @@ BUGS = {
     "MMD's diagonal below 7": Bug("losses", {".square().clamp_min(1e-30)": ".square().add(1e-3)"}),
     "biased variance of a patch": Bug("losses", {"unbiased=True": "unbiased=False"}),
     "loss on the visible patches": Bug("losses", {"order[m][:, self.keep(m) :]": "order[m][:, : self.keep(m)]"}),
-    "swapped teacher temperatures": Bug("losses", {'f"{source}_teacher_temp': 'f"{target}_teacher_temp'}),
-    "the other direction's centre": Bug("losses", {'f"{source}_centre"': 'f"{target}_centre"'}),
+    "swapped teacher temperatures": Bug("losses", {'f"{source}_teacher_temp': f"{OTHER}_teacher_temp"}),
+    "the other direction's centre": Bug("losses", {'f"{source}_centre"': f'{OTHER}_centre"'}),
     "centre moved before the loss": Bug(
         "losses", {"        recon = {\n": f"{CENTRES_IN_LOSS}        recon = {{\n"}, {CENTRES: ""}
     ),
-    "distillation within the modality": Bug("losses", {"student[target],": "student[source],"}),
+    "distillation within the modality": Bug("losses", {"student[target])": "student[source])"}),
     "local views not distilled": Bug("losses", {"log_softmax(dim=-1).reshape": "log_softmax(dim=-1)[: len(teacher)].reshape"}),
     "teacher's clips paired with other clips": Bug(
         "losses",
@@ -183,12 +184,14 @@ FAST_BUGS = {
     "targets of other patches": FastBug(
         "xkd", {"masked = {m: order[m][:, self.keep(m) :]": "masked = {m: order[m][:, : -self.keep(m)]"}
     ),
-    "teacher on the global view": FastBug("xkd", {"teacher_clip = 1 if": "teacher_clip = 0 if"}, {"teacher_view": "local"}),
+    "teacher on the global view": FastBug(
+        "xkd", {'teacher_view == "local"': 'teacher_view == "none"'}, {"teacher_view": "local"}
+    ),
     "teachers share as students do": FastBug("xkd", {'else ("mats",)': 'else ("mas", "mats")'}, {"variant": "mas"}),
     "refined by its own attention alone": FastBug(
-        "xkd", {"attention[own_name], attention[other]": "attention[own_name], attention[own_name]"}, SOFTMAX
+        "xkd", {"attention[own], attention[other]": "attention[own], attention[own]"}, SOFTMAX
     ),
-    "weights of tokens in another order": FastBug("xkd", {"refine(tokens[own_name]": "refine(tokens[own_name].flip(1)"}),
+    "weights of tokens in another order": FastBug("xkd", {"refine(tokens[own]": "refine(tokens[own].flip(1)"}),
     "always the mean mode": FastBug("xkd", {", self.options.refinement": ', "mean"'}, SOFTMAX),
 }
 

@@ -273,11 +273,6 @@ def distillation_loss(
     return -(target * log_probabilities).sum(dim=-1).mean()
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Mean entropy, in nats, of the rows' softmax: [n, K] → scalar."""
-    return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1).mean()
-
-
 def mmd_loss(x: Tensor, y: Tensor, gammas: Sequence[float]) -> Tensor:
     """Squared maximum mean discrepancy of two sets of rows, biased estimator (XKD.md section 7).
 
@@ -454,10 +449,8 @@ class XKD(nn.Module):
     ) -> Losses:
         """All losses, from the reconstruction's by modality, logits and refinement weights."""
         objective: ObjectiveOptions = self.options.objective
-        distil = {
-            source: self.distil(source, teacher[source], student[target])
-            for source, target in (("video", "audio"), ("audio", "video"))
-        }
+        others = (("video", "audio"), ("audio", "video"))
+        distil = {source: self.distil(source, teacher[source], student[target]) for source, target in others}
         everyone = gather_rows if objective.mmd_scope == "global" else lambda rows: rows
         align = {
             name: self.align(everyone(rows["video"]), everyone(rows["audio"]))
@@ -484,8 +477,8 @@ class XKD(nn.Module):
                 teacher_logits=teacher,
                 refinement_weights=weights,
                 teacher_means={m: distil[m].teacher_mean for m in MODALITIES},
-                teacher_entropies={m: distil[m].teacher_entropy for m in MODALITIES},
-                student_entropies={"video": distil["audio"].student_entropy, "audio": distil["video"].student_entropy},
+                teacher_entropies={m: each for m in MODALITIES if (each := distil[m].teacher_entropy) is not None},
+                student_entropies={m: each for m, other in others if (each := distil[other].student_entropy) is not None},
             ),
         )
 
@@ -494,9 +487,7 @@ class XKD(nn.Module):
         centre, temperature = self.get_buffer(f"{source}_centre"), self.get_buffer(f"{source}_teacher_temperature")
         student_temperature = self.options.objective.student_temperature
         loss = distillation_loss(teacher, student, centre, temperature, student_temperature)
-        taught, said = wide(teacher), wide(student.detach())
-        entropies = entropy((taught - centre) / temperature), entropy(said / student_temperature)
-        return Distilled(loss, taught.mean(dim=0), *entropies)
+        return Distilled(loss, wide(teacher).mean(dim=0))
 
     def align(self, video: Tensor, audio: Tensor) -> Tensor:
         """Alignment of both modalities' rows, [n, K] and [m, K]."""

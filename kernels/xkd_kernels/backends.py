@@ -43,6 +43,8 @@ OPERATORS = (
     "bias_gelu_fp8",
     *NATIVE,
 )
+FP8 = ("quantise_rows", "residual_layer_norm_fp8", "bias_gelu_fp8")
+CAPABILITY = dict.fromkeys(FP8, (8, 9))  # of a GPU at least; other operators run on any
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as the kernels were loaded; changing it later changes nothing
 RIVALS = {  # who may be the fastest and is no backend: what ``measured.json`` calls them, and what they are
     "compiled": "torch.compile of its twin",
@@ -134,7 +136,7 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: str, 
         return Choice("torch", "asked for")
     reason = obstacle(device, dtype, own)
     if reason is None and own == "triton":
-        reason = _too_wide(operator, shape)
+        reason = _too_wide(operator, shape) or _too_old(operator, device)
     if asked == own:
         if reason:
             raise BackendError(f"backend {own} of {operator} cannot run here: {reason}; torch can")
@@ -149,6 +151,14 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: str, 
     if device.type == "cuda":
         _tell_once(f"{operator} on {_name(device)}: {choice.backend}, {choice.reason}")
     return choice
+
+
+def _too_old(operator: str, device: torch.device) -> str | None:
+    """Why a GPU's architecture lacks what an operator's kernels write; None if it has it."""
+    needed = CAPABILITY.get(operator)
+    if needed is None or device.type != "cuda" or torch.cuda.get_device_capability(device) >= needed:
+        return None
+    return f"its kernels write 8-bit floats, which GPUs have from compute capability {needed[0]}.{needed[1]} on"
 
 
 def _too_wide(operator: str, shape: str) -> str | None:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xkd_kernels.backends import backend_of
-from xkd_kernels.checks import require_floats, require_no_tangent, require_one_device, whole_number
+from xkd_kernels.checks import kernel_type, require_floats, require_no_tangent, require_one_device, whole_number
 from xkd_kernels.configurations import launch_of, on_own_device
 
 LOWEST: tl.constexpr = tl.constexpr(-1e30)  # below every logit; finite, so that differences of it are
@@ -114,7 +114,7 @@ def distillation_loss(
     require_one_device(student=student, teacher=teacher, centre=centre, teacher_temperature=teacher_temperature)
     teacher, centre, temperature = teacher.detach(), centre.detach().reshape(-1), teacher_temperature.detach().reshape(())
     shape = str(whole_number(student.shape[1]))
-    if backend_of("distillation_loss", student.device, student.dtype, shape, backend) == "torch":
+    if backend_of("distillation_loss", student.device, kernel_type(student, teacher, centre), shape, backend) == "torch":
         with torch.autocast(student.device.type, enabled=False):
             return Distillation(*_ByTorch.apply(student, teacher, centre, temperature, student_temperature, views))
     require_no_tangent(student)
@@ -137,7 +137,7 @@ class _ByTorch(torch.autograd.Function):
         views: int,
     ) -> tuple[Tensor, ...]:
         dtype = torch.promote_types(student.dtype, torch.float32)
-        log_taught = ((teacher.to(dtype) - centre) / teacher_temperature.to(dtype)).log_softmax(dim=-1)
+        log_taught = ((teacher.to(dtype) - centre.to(dtype)) / teacher_temperature.to(dtype)).log_softmax(dim=-1)
         taught = log_taught.exp()
         log_said = (student.to(dtype) / student_temperature).log_softmax(dim=-1)
         target = taught.unflatten(0, (views, -1)).mean(dim=0) if views > 1 else taught

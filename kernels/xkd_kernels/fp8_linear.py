@@ -103,11 +103,12 @@ def _tried(device: torch.device) -> str | None:
     if capability < CAPABILITY:
         here, first = (".".join(map(str, version)) for version in (capability, CAPABILITY))
         return f"{torch.cuda.get_device_name(device)} has compute capability {here}; {first} is the first with E4M3"
-    ones = torch.ones(MULTIPLE, MULTIPLE, device=device).to(E4M3)
-    scale = torch.ones(MULTIPLE, 1, device=device)
+    rows, weight = (torch.ones(size, MULTIPLE, device=device).to(E4M3) for size in (3, 2 * MULTIPLE))
+    ones = torch.ones(3, 1, device=device), torch.ones(1, 2 * MULTIPLE, device=device)
+    bias = torch.zeros(2 * MULTIPLE, dtype=torch.bfloat16, device=device)
     try:
-        torch._scaled_mm(ones, ones.t(), scale_a=scale, scale_b=scale.view(1, -1), out_dtype=torch.bfloat16)
-    except RuntimeError as error:
+        torch._scaled_mm(rows, weight.t(), scale_a=ones[0], scale_b=ones[1], bias=bias, out_dtype=torch.bfloat16)
+    except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         return f"torch {torch.__version__} cannot compute it on {torch.cuda.get_device_name(device)} ({reason})"
     return None

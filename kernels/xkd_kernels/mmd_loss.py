@@ -34,7 +34,6 @@ from xkd_kernels.configurations import launch_of, on_own_device
 
 STRIP = 4 * 2**20  # bytes of weights at a time: all of them up to 1024 rows
 LEAST: tl.constexpr = tl.constexpr(1e-30)  # of a squared distance
-PARTS = 2**25  # numbers that PyTorch's gradient of distances may write at a time on a GPU, where every pair has its own
 GAP = 16  # numbers between rows on a CPU: 2^k bytes apart they share few lines of its cache (50 ms, not 180, for 128 × 8192)
 
 
@@ -104,13 +103,8 @@ class _ByDistances(torch.autograd.Function):
         x, y = ctx.saved_tensors
         rows, distance, pairs = _condensed(x, y)
         weights = sum(gamma * torch.exp(-gamma * distance) for gamma in ctx.gammas)
-        # PyTorch's gradient is the difference by its length, so the length is multiplied in.
-        length = distance.sqrt()
-        to_length = (-4 * gradient * pairs * weights * length).to(rows.dtype)
-        to_length, length = to_length.masked_fill(distance <= 1e-30, 0), length.to(rows.dtype)
-        backward = torch.ops.aten._pdist_backward
-        to_rows = torch.cat([backward(to_length, part, 2.0, length) for part in _column_parts(rows)], dim=1)
-        to_x, to_y = to_rows[:, : x.shape[1]].split([len(x), len(y)])
+        to_rows = (_pulled_on_a_cpu if rows.device.type == "cpu" else _pulled)(rows, distance, -4 * gradient * pairs * weights)
+        to_x, to_y = to_rows.split([len(x), len(y)])
         to_x, to_y = (to.to(x.dtype) if wanted else None for to, wanted in zip((to_x, to_y), ctx.needs_input_grad))
         return to_x, to_y, None
 
@@ -125,11 +119,21 @@ def _condensed(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows, distance, share[first] * share[second]
 
 
-def _column_parts(rows: Tensor) -> list[Tensor]:
-    """Columns to differentiate at a time."""
-    if rows.device.type == "cpu":
-        return [F.pad(rows, (0, GAP))]
-    return [part.contiguous() for part in rows.split(max(1, PARTS // len(rows) ** 2), dim=1)]
+def _pulled_on_a_cpu(rows: Tensor, distance: Tensor, weights: Tensor) -> Tensor:
+    """Σ_j w_ij (z_i − z_j) [N, K] of condensed weights, by PyTorch's gradient of distances."""
+    length = distance.sqrt()  # its gradient is the difference by its length, so the length is multiplied in
+    to_length = (weights * length).to(rows.dtype).masked_fill(distance <= 1e-30, 0)
+    padded = F.pad(rows, (0, GAP))
+    return torch.ops.aten._pdist_backward(to_length, padded, 2.0, length.to(rows.dtype))[:, : rows.shape[1]]
+
+
+def _pulled(rows: Tensor, distance: Tensor, weights: Tensor) -> Tensor:
+    """The same as products in float64, which keeps what they cancel; PyTorch's gradient on a GPU writes N · N · K numbers."""
+    first, second = torch.triu_indices(len(rows), len(rows), 1, device=rows.device)
+    matrix = weights.new_zeros(len(rows), len(rows)).index_put_((first, second), weights.double())
+    matrix = matrix + matrix.t()
+    wide = rows.double()
+    return torch.addmm(matrix.sum(dim=1, keepdim=True) * wide, matrix, wide, alpha=-1).to(rows.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------------ operators

@@ -17,7 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from xkd_kernels.backends import backend_of
-from xkd_kernels.checks import require_float_type, require_floats, require_no_tangent, require_one_device, whole_number
+from xkd_kernels.checks import (
+    kernel_type,
+    require_float_type,
+    require_floats,
+    require_no_tangent,
+    require_one_device,
+    whole_number,
+)
 from xkd_kernels.configurations import launch_of, on_own_device
 
 EPS = 1e-12
@@ -58,7 +65,7 @@ def unit_rows(
     require_floats(**given)
     require_float_type(dtype)
     require_one_device(**given)
-    if backend_of("unit_rows", x.device, x.dtype, str(width), backend) == "torch":
+    if backend_of("unit_rows", x.device, kernel_type(*given.values()), str(width), backend) == "torch":
         with torch.autocast(x.device.type, enabled=False):
             return _ByTorch.apply(x, scale, eps, dtype)  # type: ignore[no-any-return]
     require_no_tangent(*given.values())

@@ -9,7 +9,7 @@ import torch
 
 from tests.kernels.compare import relative_error
 from xkd_fast import reference
-from xkd_kernels import Distillation, distillation_loss, naive_distillation_loss
+from xkd_kernels import BackendError, Distillation, distillation_loss, naive_distillation_loss
 from xkd_kernels.distillation_loss import distillation_loss_backward, distillation_loss_forward
 
 TEACHER_TEMPERATURE, STUDENT_TEMPERATURE = 0.07, 0.1
@@ -94,6 +94,27 @@ def test_entropies_of_known_distributions(backend, device):
     found = distillation_loss(one, alike[:3], torch.zeros(50, device=device), temperature, 1.0, backend=backend)
     assert found.teacher_entropy.item() == pytest.approx(math.log(50), rel=1e-6)
     assert abs(found.student_entropy.item()) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_as_many_prototypes_as_there_may_be(backend, device):
+    """Catches a row of 65 536 that is joined wrongly, or whose sums lose digits."""
+    student, *others = batch(2, 65536, device)
+    student.requires_grad_()
+    found = distillation_loss(student, *others, STUDENT_TEMPERATURE, backend=backend)
+    (3 * found.loss).backward()
+    expected, gradient = exact(student, *others)
+    assert_found(found, student.grad, expected, gradient, 3e-6)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_float64_centre_is_not_rounded(backend, device):
+    """Catches a kernel that takes it, which computes in float32, and a crash of two types."""
+    student, teacher, centre, temperature = batch(2, 33, device)
+    found = distillation_loss(student, teacher, centre.double(), temperature, STUDENT_TEMPERATURE, backend=backend)
+    assert found.loss.item() == pytest.approx(exact(student, teacher, centre, temperature)[0].loss.item(), rel=1e-6)
+    with pytest.raises(BackendError, match="not in float64"):
+        distillation_loss(student, teacher, centre.double(), temperature, STUDENT_TEMPERATURE, backend="triton")
 
 
 def test_float64_stays_float64(device):

@@ -8,10 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.compare import TOLERANCE, assert_agrees
+from tests.kernels.compare import TOLERANCE, assert_agrees, relative_error
 from xkd_fast.reference import mmd_loss as reference_loss
 from xkd_kernels import mmd_loss, naive_mmd_loss
-from xkd_kernels.mmd_loss import STRIP, mmd_loss_backward, mmd_loss_forward, strip_places
+from xkd_kernels.mmd_loss import (
+    STRIP,
+    _condensed,
+    _pulled,
+    _pulled_on_a_cpu,
+    mmd_loss_backward,
+    mmd_loss_forward,
+    strip_places,
+)
 
 GAMMAS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 FEW = (0.02, 0.5)
@@ -80,12 +88,10 @@ def test_torch_backend_in_every_type(shape, device):
     assert by("torch")(x.double(), y.double()).item() == pytest.approx(exact, 1e-12)
 
 
-def test_torch_backend_by_columns(monkeypatch, device):
-    """Catches parts of a GPU's gradient that are put together wrongly."""
-    x, y = some_rows(4, 7, 23, device, scale=0.2)
-    module = sys.modules["xkd_kernels.mmd_loss"]
-    monkeypatch.setattr(module, "_column_parts", lambda rows: [part.contiguous() for part in rows.split(5, dim=1)])
-    assert_agrees(by("torch"), naive(), [x, y], 1e-6)
+def test_torch_backend_as_on_a_gpu(monkeypatch, device):
+    """Catches a gradient that goes another way there and comes out otherwise."""
+    monkeypatch.setattr(sys.modules["xkd_kernels.mmd_loss"], "_pulled_on_a_cpu", _pulled)
+    assert_agrees(by("torch"), naive(), some_rows(4, 7, 23, device, scale=0.2), 1e-6)
 
 
 @pytest.mark.parametrize("of_x", [True, False])
@@ -188,3 +194,51 @@ def test_autocast_and_further_derivatives(backend, device):
     (gradient,) = torch.autograd.grad(by(backend, FEW)(x.requires_grad_(), y), x, create_graph=True)
     with pytest.raises((NotImplementedError, RuntimeError)):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("near", 2e-5), ("typical", 2e-3)])
+def test_many_rows_of_many_numbers(kind, tolerance, device):
+    """Catches sums over pairs that lose what is small, at the sizes of a step: 512 rows of 8192 numbers.
+
+    Of rows that are all equally far apart the pulls nearly cancel, and the rounding of distances shows.
+    """
+    torch.manual_seed(5)
+    x, y = (F.layer_norm(torch.randn(256, 8192, device=device), (8192,)) for _ in range(2))
+    if kind == "near":
+        y = x + 1e-4 * torch.randn_like(x)
+    rows = torch.cat([x, y]).double()
+    distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
+    share = torch.cat([torch.full((256,), 1 / 256, device=device), torch.full((256,), -1 / 256, device=device)]).double()
+    pairs = share[:, None] * share
+    loss = sum((pairs * torch.exp(-gamma * distance)).sum() for gamma in GAMMAS)
+    weights = -4 * pairs * sum(gamma * torch.exp(-gamma * distance) for gamma in GAMMAS)
+    exact = weights.sum(dim=1, keepdim=True) * rows - weights @ rows
+    x, y = x.requires_grad_(), y.requires_grad_()
+    found = mmd_loss(x, y, GAMMAS, backend="triton" if device.type == "cuda" else "torch")
+    found.backward()
+    assert abs(found.item() - loss.item()) < 1e-5 * abs(loss.item())
+    assert relative_error(torch.cat([x.grad, y.grad]), exact) < tolerance
+
+
+def test_products_in_float64_are_the_pull_of_the_pairs(device):
+    """Catches the way that a GPU's gradient goes without our kernel: half of the pairs, a sign, or what float32 cancels."""
+    torch.manual_seed(6)
+    x = F.layer_norm(torch.randn(20, 512, device=device), (512,))
+    rows, distance, pairs = _condensed(x[:12], x[12:] * 0 + x[:8] + 1e-4 * torch.randn(8, 512, device=device))
+    weights = pairs * sum(gamma * torch.exp(-gamma * distance) for gamma in GAMMAS)
+    first, second = torch.triu_indices(20, 20, 1, device=device)
+    wide, exact = rows.double(), torch.zeros(20, 512, dtype=torch.float64, device=device)
+    difference = weights.unsqueeze(1) * (wide[first] - wide[second])
+    exact.index_add_(0, first, difference).index_add_(0, second, -difference)
+    for way in (_pulled, _pulled_on_a_cpu):
+        if way is _pulled or device.type == "cpu":
+            assert relative_error(way(rows, distance, weights), exact) < 1e-5, way.__name__
+
+
+@pytest.mark.parametrize(("n", "m"), [(200, 180), pytest.param(1100, 948, marks=pytest.mark.slow)])
+def test_many_tiles_of_few_numbers(n, m, device):
+    """Catches tiles of the ring that are left out or counted twice where there are many: up to 2048 rows."""
+    torch.manual_seed(7)
+    x, y = torch.randn(n, 8, device=device), torch.randn(m, 8, device=device) + 0.3
+    found = mmd_loss(x, y, (0.01, 0.1), backend="triton").item()
+    assert found == pytest.approx(naive_mmd_loss(x.double(), y.double(), (0.01, 0.1)).item(), rel=1e-5)

@@ -216,7 +216,7 @@ def test_compiled_steps(backend: str, dtype: torch.dtype, changes: dict, error: 
         monkeypatch.setattr(owner, name, value)
     options = tiny_options(**changes)
     batch = random_batch(options, CLIPS, dtype=torch.float32)
-    plain, compiled = (kind(options, CPU, dtype) for kind in (contestants.Fast, contestants.FastCompiled))
+    plain, compiled = (kind(options, CPU, dtype) for kind in (contestants.Fast, contestants.fast_with("compile")))
     programs, losses = [], []
     for _ in range(4):
         expected, got = plain.step(*batch).item(), compiled.step(*batch).item()

@@ -41,8 +41,13 @@ def health(engine: Engine, outputs: Outputs) -> dict[str, float]:
     for modality in MODALITIES:
         centre = module.get_buffer(f"{modality}_centre")
         taught = probabilities(outputs.teacher_logits[modality] - centre, module.get_buffer(f"{modality}_teacher_temperature"))
-        means[f"{modality}_teacher_entropy"] = outputs.teacher_entropies[modality]
-        means[f"{modality}_student_entropy"] = outputs.student_entropies[modality]
+        if modality in outputs.teacher_entropies:
+            means[f"{modality}_teacher_entropy"] = outputs.teacher_entropies[modality]
+            means[f"{modality}_student_entropy"] = outputs.student_entropies[modality]
+        else:
+            means[f"{modality}_teacher_entropy"] = entropy(taught).mean()
+            said = probabilities(outputs.student_logits[modality], module.options.objective.student_temperature)
+            means[f"{modality}_student_entropy"] = entropy(said).mean()
         means[f"{modality}_centre_norm"] = centre.norm()
         predicted.append(taught.mean(dim=0))
         distances.append(squared_distance(engine.teachers.pairs(modality)))

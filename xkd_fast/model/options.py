@@ -316,8 +316,8 @@ class ModelOptions:
     )
     kernels: Literal["auto", "triton", "torch"] = option(
         "auto",
-        "who computes residual sums with norms, GELU, patches and the teachers' CLS attention of the fast implementation: our "
-        "Triton kernels or PyTorch; auto takes what was measured to be faster on the device",
+        "who computes all but attention and matrix products of the fast implementation, norms, GELU, patches, heads and losses "
+        "among it: our Triton kernels or PyTorch; auto takes what was measured to be faster on the device",
     )
     compile: Switch = option(
         "auto", "pass the fast implementation's blocks through torch.compile; auto = where that was measured to be faster"

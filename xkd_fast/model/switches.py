@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from xkd_fast.errors import UserError
 from xkd_fast.model.options import ModelOptions
+from xkd_fast.model.vit import require_compiler
 
 SWITCHES = ("compile", "teacher_stream", "cuda_graph")
 MEASURED = Path(__file__).with_name("measured_steps.json")
@@ -37,7 +39,7 @@ def settled(
         device: that it will run on.
         precision: of the run, such as "bfloat16".
         clips: per pass of a rank; the measured batch size nearest to it counts.
-        obstacles: what a switch cannot be, and why: such a one is off, whatever was measured.
+        obstacles: what a switch cannot be, and why; a measured set with such a one is not taken.
     """
     open_ones = [name for name in SWITCHES if getattr(options, name) == "auto"]
     off: dict[str, Any] = dict.fromkeys(open_ones, False)
@@ -49,12 +51,13 @@ def settled(
         reason = f"no step in {precision} has been measured on {'this ' if name == 'cpu' else ''}{name}"
         return replace(options, **off), [f"{', '.join(open_ones)}: off, {reason}"]
     nearest = min(batches, key=lambda each: abs(int(each) - clips))
-    on: dict[str, Any] = {switch: switch in batches[nearest] and switch not in obstacles for switch in open_ones}
-    lines = [
-        f"{switch}: {'on' if is_on else 'off'}, "
-        + (obstacles[switch] if switch in obstacles and not is_on else f"as in the fastest step of {nearest} clips on {name}")
-        for switch, is_on in on.items()
-    ]
+    hindered = [name for name in batches[nearest] if name in open_ones and name in obstacles]
+    if hindered:  # the rest of the set has not been measured without it
+        why = f"the fastest step of {nearest} clips on {name} had {hindered[0]}, and {obstacles[hindered[0]]}"
+        return replace(options, **off), [f"{', '.join(open_ones)}: off, {why}"]
+    on: dict[str, Any] = {switch: switch in batches[nearest] for switch in open_ones}
+    where = f"as in the fastest step of {nearest} clips on {name} (XKD, base model)"
+    lines = [f"{switch}: {'on' if is_on else 'off'}, {where}" for switch, is_on in on.items()]
     return replace(options, **on), lines
 
 
@@ -67,4 +70,9 @@ def obstacles_of(options: ModelOptions, zero_stage: int) -> dict[str, str]:
         found["cuda_graph"] = "gathering rows from other ranks is not recorded"
     if options.attention == "xformers":
         found["compile"] = "xformers' mask is made in Python"
+    else:
+        try:
+            require_compiler()
+        except UserError:
+            found["compile"] = "no C++ compiler works here"
     return found

@@ -9,12 +9,15 @@ from torch import Tensor
 
 
 class Distilled(NamedTuple):
-    """One direction of distillation, from a modality's teacher to the other one's student: scalars but for the mean."""
+    """One direction of distillation, from a modality's teacher to the other one's student: scalars but for the mean.
+
+    Entropies are there where they come with the loss for nothing.
+    """
 
     loss: Tensor
     teacher_mean: Tensor  # [prototypes]
-    teacher_entropy: Tensor
-    student_entropy: Tensor
+    teacher_entropy: Tensor | None = None
+    student_entropy: Tensor | None = None
 
 
 @dataclass
@@ -25,7 +28,7 @@ class Outputs:
     teacher_logits: dict[str, Tensor]  # [B, prototypes]
     refinement_weights: dict[str, Tensor]  # [B, patch tokens of the teacher's view]
     teacher_means: dict[str, Tensor]  # [prototypes]: the batch mean of the teacher's logits, what moves the centre
-    teacher_entropies: dict[str, Tensor]  # scalars, nats: of what the teacher predicts of a clip; ln(prototypes) = uniform
+    teacher_entropies: dict[str, Tensor]  # scalars, nats: of what the teacher predicts of a clip; empty = not computed
     student_entropies: dict[str, Tensor]  # likewise, mean over the student's views
 
 
