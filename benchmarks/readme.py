@@ -80,10 +80,11 @@ def step_paragraph() -> str:
         return "Not measured yet."
     lines = [
         "The full step (forward, backward, per-tensor clipping, AdamW, teachers, centres), contestants in turns; ratios are",
-        "medians over rounds, with their range (`benchmarks/results/step_*.json`).",
+        "medians over rounds, with their range; kept: bytes for the backward pass, over the reference's",
+        "(`benchmarks/results/step_*.json`).",
         "",
-        "| model | precision | clips | fast, clips/s | against the reference | against the strong one | kept for backward |",
-        "|---|---|---|---|---|---|---|",
+        "| model | precision | clips | on | fast, clips/s | against the reference | against the strong one | kept |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         for row in result["rows"]:
@@ -92,10 +93,11 @@ def step_paragraph() -> str:
             costs, speed = row["costs"], row["clips_per_second"].get("fast")
             both = {"fast", "reference"} <= costs.keys()
             kept = f"{costs['fast']['saved_bytes'] / costs['reference']['saved_bytes']:.2f} ×" if both else "–"
-            cells = [result["model"], result["precision"], row["clips"], f"{speed:.3g}" if speed else "–", *told, kept]
+            place = result["device"].split(",")[0]
+            cells = [result["model"], result["precision"], row["clips"], place, f"{speed:.3g}" if speed else "–", *told, kept]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     slow = [
-        f"{result['model']} in {result['precision']}"
+        f"{result['model']} in {result['precision']} on {result['device'].split(',')[0]}"
         for result in results
         for speeds in [[row["clips_per_second"] for row in result["rows"]]]
         if any(speed.get("strong", inf) < speed.get("reference", 0) for speed in speeds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,9 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def place(device: torch.device) -> str:
-    """What a result's name says of where it was measured: ``cpu``, or the GPU's name."""
-    return torch.cuda.get_device_name(device).replace(" ", "_").lower() if device.type == "cuda" else device.type
+    """What a result's name says of where it was measured: the GPU's or the processor's name, such as ``amd_epyc``."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else provenance()["device"].split(",")[0]
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def write(name: str, result: dict[str, Any]) -> Path:

@@ -32,8 +32,11 @@ def test_contestants_without_a_figure_have_a_reason_instead(tmp_path: Path, monk
     (tmp_path / "step_cuda_xkd_bfloat16.json").write_text(json.dumps(told))
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     lines = readme.step_paragraph().splitlines()
-    assert "| xkd base | bfloat16 | 128 | – | out of memory | not reached | – |" in lines
-    assert "| xkd base | bfloat16 | 128 | 900 | 2.00 × (1.50-2.50), memory was short | 2.00 × (1.50-2.50) | 0.50 × |" in lines
+    assert "| xkd base | bfloat16 | 128 | a GPU | – | out of memory | not reached | – |" in lines
+    assert (
+        "| xkd base | bfloat16 | 128 | a GPU | 900 | 2.00 × (1.50-2.50), memory was short | 2.00 × (1.50-2.50) | 0.50 × |"
+        in lines
+    )
 
 
 def test_environment_variables_are_explained() -> None:

@@ -118,7 +118,7 @@ PLAIN: dict[str, Attend] = {"sdpa": sdpa, "recompute": recompute, "eager": eager
 def automatic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``sdpa``; in bfloat16 on a CPU of whole tiles, and to be differentiated ``eager`` if short and ``recompute`` if not.
 
-    A base model's attention, forward and backward of 2 clips on two Xeon cores (benchmarks/results/attention_cpu_*.json): in
+    A base model's attention, forward and backward of 2 clips on two Xeon cores (benchmarks/results/attention_*.json): in
     bfloat16 sdpa takes twice the time of eager, whose products run on the matrix unit; in float32 about half. Eager keeps every
     matrix, 12 MB a clip in the students and 45 MB in the decoders, elsewhere far more; recompute lies between. The
     teachers' forward pass takes half the time in sdpa, in bfloat16 at most lengths only of whole tiles.
