@@ -259,6 +259,9 @@ def with_paragraph(readme: str, name: str, paragraph: str) -> str:
 
 def main(arguments: list[str]) -> None:
     """Take up a run, if one is named, and rewrite the README."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
     if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
         sys.exit(__doc__)
     if arguments and not (Path(arguments[0]) / "demo.json").exists():

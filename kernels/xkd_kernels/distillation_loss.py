@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from xkd_kernels.backends import backend_of
 from xkd_kernels.checks import kernel_type, require_floats, require_no_tangent, require_one_device, whole_number
@@ -93,6 +94,8 @@ def distillation_loss(
         BackendError: a backend that cannot run here.
     """
     views = whole_number(teacher_views)
+    if not isinstance(teacher_temperature, Tensor):
+        raise ValueError(f"teacher_temperature = {teacher_temperature!r} must be a tensor of one number, on the logits' device")
     if student.ndim != 2 or teacher.ndim != 2 or student.shape[1] != teacher.shape[1] or 0 in (*student.shape, *teacher.shape):
         raise ValueError(
             f"student and teacher have the shapes {list(student.shape)} and {list(teacher.shape)}, but [V·B, K] and [U·B, K] "
@@ -147,13 +150,14 @@ class _ByTorch(torch.autograd.Function):
         outputs = (
             -(rows.sum(dim=0).flatten() @ target.flatten()) / len(student),
             teacher.to(dtype).sum(dim=0),
-            -(taught.flatten() @ log_taught.flatten()) / len(teacher),
-            -(log_said.exp().flatten() @ log_said.flatten()) / len(student),
+            torch.special.entr(taught).sum() / len(teacher),  # 0 where nothing is expected, not 0 · ∞
+            torch.special.entr(log_said.exp()).sum() / len(student),
         )
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:  # type: ignore[override]
         student, target = ctx.saved_tensors
         said = (student.to(target.dtype) / ctx.temperature).softmax(dim=-1)

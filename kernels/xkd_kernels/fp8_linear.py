@@ -47,7 +47,6 @@ def fp8_linear(
     Raises:
         ValueError: shapes, types or devices that do not fit; K or N that is no multiple of 16.
     """
-    shapes = ", ".join(str(list(tensor.shape)) for tensor in (q, scale, weight_q, weight_scale))
     if (
         weight_q.ndim != 2
         or q.ndim < 1
@@ -55,6 +54,7 @@ def fp8_linear(
         or scale.shape != (*q.shape[:-1], 1)
         or weight_scale.shape != (len(weight_q), 1)
     ):
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (q, scale, weight_q, weight_scale))
         raise ValueError(
             f"q, scale, weight_q, weight_scale have the shapes {shapes}; [..., K], [..., 1], [N, K], [N, 1] are wanted"
         )
@@ -64,10 +64,13 @@ def fp8_linear(
     for name, tensor in (("q", q), ("weight_q", weight_q)):
         if tensor.dtype != E4M3:
             raise ValueError(f"{name} is of type {str(tensor.dtype).removeprefix('torch.')}; float8_e4m3fn is wanted")
+    for name, tensor in (("scale", scale), ("weight_scale", weight_scale)):
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{name} is of type {str(tensor.dtype).removeprefix('torch.')}; float32 is wanted")
     more = {} if bias is None else {"bias": bias}
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias has the shape {list(bias.shape)}, but [{outputs}] is wanted")
-    require_floats(scale=scale, weight_scale=weight_scale, **more)
+    require_floats(**more)
     require_float_type(dtype)
     require_one_device(q=q, scale=scale, weight_q=weight_q, weight_scale=weight_scale, **more)
     require_no_gradient(scale=scale, weight_scale=weight_scale, **more)

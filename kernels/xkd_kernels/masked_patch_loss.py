@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xkd_kernels.backends import backend_of
-from xkd_kernels.checks import has_tangent, require_floats, require_no_tangent, require_one_device, whole_number
+from xkd_kernels.checks import has_tangent, kernel_type, require_floats, require_no_tangent, require_one_device, whole_number
 from xkd_kernels.configurations import launch_of, on_own_device
 from xkd_kernels.gather_patches import (
     affine,
@@ -94,7 +94,7 @@ def masked_patch_loss(
         raise ValueError(f"patch = {patch} of a clip with 1 channel is 1 number, which has no variance; 2 or more are wanted")
     require_floats(predicted=predicted)
     require_one_device(predicted=predicted, clip=clip)
-    if backend_of("masked_patch_loss", predicted.device, predicted.dtype, str(numbers), backend) == "torch":
+    if backend_of("masked_patch_loss", predicted.device, kernel_type(predicted, clip), str(numbers), backend) == "torch":
         return _by_operators(predicted, clip, ids, patch, mean, std)
     require_no_tangent(predicted, clip)
     loss, _, _ = masked_patch_loss_forward(predicted, clip.detach(), ids, patch, list(mean), list(std))

@@ -122,7 +122,8 @@ def _condensed(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _pulled_on_a_cpu(rows: Tensor, distance: Tensor, weights: Tensor) -> Tensor:
     """Σ_j w_ij (z_i − z_j) [N, K] of condensed weights, by PyTorch's gradient of distances."""
     length = distance.sqrt()  # its gradient is the difference by its length, so the length is multiplied in
-    to_length = (weights * length).to(rows.dtype).masked_fill(distance <= 1e-30, 0)
+    nothing = (distance <= 1e-30) | (weights == 0)  # nor is the length of what is infinitely far
+    to_length = (weights * length).to(rows.dtype).masked_fill(nothing, 0)
     padded = F.pad(rows, (0, GAP))
     return torch.ops.aten._pdist_backward(to_length, padded, 2.0, length.to(rows.dtype))[:, : rows.shape[1]]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xkd_kernels.backends import backend_of
 from xkd_kernels.bias_gelu import ROOT_HALF, naive_bias_gelu
-from xkd_kernels.checks import require_floats, require_no_gradient, require_one_device, whole_number
+from xkd_kernels.checks import kernel_type, require_floats, require_no_gradient, require_one_device, whole_number
 from xkd_kernels.configurations import launch_of, on_own_device
 from xkd_kernels.residual_layer_norm import naive_residual_layer_norm
 
@@ -96,7 +96,7 @@ def residual_layer_norm_fp8(
     if not eps >= 0:
         raise ValueError(f"eps = {eps}, but eps ≥ 0 is wanted")
     _require_rows(x=x, **more, weight=weight, bias=bias)
-    if _backend("residual_layer_norm_fp8", x, backend) == "torch":
+    if _backend("residual_layer_norm_fp8", x, backend, weight, bias, *(() if branch is None else (branch,))) == "torch":
         total = x if branch is None else (x + branch).to(x.dtype)
         wide = total if x.dtype == torch.float64 else total.float()
         normalised = F.layer_norm(wide, wide.shape[-1:], weight.to(wide.dtype), bias.to(wide.dtype), eps)
@@ -123,7 +123,7 @@ def bias_gelu_fp8(h: Tensor, bias: Tensor, *, backend: str = "auto") -> tuple[Te
     if bias.shape != h.shape[-1:]:
         raise ValueError(f"h and bias have the shapes {list(h.shape)} and {list(bias.shape)}, but [..., H] and [H] are wanted")
     _require_rows(h=h, bias=bias)
-    if _backend("bias_gelu_fp8", h, backend) == "torch":
+    if _backend("bias_gelu_fp8", h, backend, bias) == "torch":
         return naive_quantise_rows(F.gelu((h if h.dtype == torch.float64 else h.float()) + bias))
     return bias_gelu_fp8_forward(h, bias)
 
@@ -138,8 +138,8 @@ def _require_rows(**tensors: Tensor) -> None:
     require_no_gradient(**tensors)
 
 
-def _backend(operator: str, x: Tensor, asked: str) -> str:
-    return backend_of(operator, x.device, x.dtype, str(whole_number(x.shape[-1])), asked)
+def _backend(operator: str, x: Tensor, asked: str, *others: Tensor) -> str:
+    return backend_of(operator, x.device, kernel_type(x, *others), str(whole_number(x.shape[-1])), asked)
 
 
 # ------------------------------------------------------------------------------------------------------------------ operators

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xkd_kernels.backends import backend_of
-from xkd_kernels.checks import require_floats, require_no_tangent, require_one_device, whole_number
+from xkd_kernels.checks import kernel_type, require_floats, require_no_tangent, require_one_device, whole_number
 from xkd_kernels.configurations import launch_of, on_own_device
 
 MODES = ("mean", "softmax")
@@ -62,7 +62,10 @@ def refine(tokens: Tensor, own: Tensor, other: Tensor, mode: str = "mean", *, ba
     is_differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (tokens, own, other))
     if is_differentiated and backend == "auto":
         backend = "torch"
-    if backend_of("refine", tokens.device, tokens.dtype, str(whole_number(tokens.shape[-1])), backend) == "torch":
+    if (
+        backend_of("refine", tokens.device, kernel_type(tokens, own, other), str(whole_number(tokens.shape[-1])), backend)
+        == "torch"
+    ):
         with torch.autocast(tokens.device.type, enabled=False):  # in float32
             return _by_operators(tokens, own, other, mode)
     require_no_tangent(tokens, own, other)

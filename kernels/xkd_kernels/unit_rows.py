@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from xkd_kernels.backends import backend_of
 from xkd_kernels.checks import (
@@ -83,6 +84,7 @@ class _ByTorch(torch.autograd.Function):
         return (wide * (inverse if scale is None else inverse * scale)).to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         x, scale, inverse = ctx.saved_tensors
         wide, gradient = x.to(inverse.dtype), gradient.to(inverse.dtype)

@@ -107,6 +107,15 @@ def test_as_many_prototypes_as_there_may_be(backend, device):
     assert_found(found, student.grad, expected, gradient, 3e-6)
 
 
+def test_what_is_impossible_has_no_entropy(device):
+    """Catches 0 · ∞ where a logit is −∞."""
+    student, teacher, centre, temperature = batch(2, 9, device)
+    teacher[:, 3] = -torch.inf
+    found = distillation_loss(student, teacher, centre, temperature, STUDENT_TEMPERATURE, backend="torch")
+    expected = naive_distillation_loss(student, teacher, centre, temperature, STUDENT_TEMPERATURE)
+    assert found.teacher_entropy.item() == pytest.approx(expected.teacher_entropy.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_a_float64_centre_is_not_rounded(backend, device):
     """Catches a kernel that takes it, which computes in float32, and a crash of two types."""
@@ -183,6 +192,7 @@ def change(**changed):
         ({"centre": torch.zeros(7)}, r"centre has the shape \[7\]"),
         ({"warm": torch.ones(2)}, r"teacher_temperature \[2\]"),
         ({"warm": torch.ones((), dtype=torch.int64)}, "teacher_temperature is of type int64"),
+        ({"warm": 0.1}, "teacher_temperature = 0.1 must be a tensor"),
         ({"cool": 0.0}, "student_temperature = 0.0 must be above 0"),
         ({"cool": float("nan")}, "must be above 0"),
         ({"teacher": torch.randn(2, 8, device="meta")}, "teacher is on meta"),

@@ -179,7 +179,7 @@ def test_derivatives_of_every_kind_by_torch(device):
     assert relative_error(torch.func.grad(loss)(predicted.detach()), exact) < 1e-13
     with pytest.raises(NotImplementedError, match="for forward mode take backend='torch'"):
         single = exact.float()
-        torch.func.jvp(lambda x: masked_patch_loss(x, clip, ids, (4, 16), backend="triton"), (single,), (single,))
+        torch.func.jvp(lambda x: masked_patch_loss(x, clip.float(), ids, (4, 16), backend="triton"), (single,), (single,))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

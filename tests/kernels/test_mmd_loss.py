@@ -88,6 +88,14 @@ def test_torch_backend_in_every_type(shape, device):
     assert by("torch")(x.double(), y.double()).item() == pytest.approx(exact, 1e-12)
 
 
+def test_rows_that_are_infinitely_far_apart_pull_nothing(device):
+    """Catches 0 · ∞ in the gradient of rows whose distance overflows."""
+    x, y = (1e25 * rows for rows in some_rows(3, 4, 24, device))
+    x.requires_grad_()
+    mmd_loss(x, y, GAMMAS, backend="torch").backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
 def test_torch_backend_as_on_a_gpu(monkeypatch, device):
     """Catches a gradient that goes another way there and comes out otherwise."""
     monkeypatch.setattr(sys.modules["xkd_kernels.mmd_loss"], "_pulled_on_a_cpu", _pulled)

@@ -67,6 +67,15 @@ def test_strides_and_float64(backend, device):
     assert_agrees(by("torch"), naive_unit_rows, wide, 1e-15)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_second_derivative_is_refused(backend, device):
+    """Catches one that is wrong without a word: the length would be taken for a constant."""
+    x, scale = (tensor.requires_grad_() for tensor in inputs((3, 8), torch.float32, device))
+    (first,) = torch.autograd.grad(unit_rows(x, scale, backend=backend).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        first.square().sum().backward()
+
+
 def test_opcheck_and_compile(device):
     """Catches a fake implementation of other shapes or types and graph breaks."""
     x, scale = (tensor.requires_grad_() for tensor in inputs((5, 24), torch.float32, device))

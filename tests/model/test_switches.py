@@ -49,6 +49,12 @@ def test_what_was_asked_for_stays(measured: None) -> None:
     assert on(options) == set() and lines == []
 
 
+def test_a_switch_without_effect_is_told() -> None:
+    """Red if a user who asks for a CUDA graph on a CPU is left in the belief that there is one."""
+    options, lines = switches.settled(replace(ModelOptions(), cuda_graph=True), CPU, "float32", 2, obstacles={})
+    assert options.cuda_graph is True and "cuda_graph: on, which has no effect on a CPU" in lines
+
+
 def test_an_open_switch_is_off() -> None:
     """Red if a model that nobody settled compiles itself."""
     model = build_model(tiny_options(), seed=0)

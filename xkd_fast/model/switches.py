@@ -42,23 +42,25 @@ def settled(
         obstacles: what a switch cannot be, and why; a measured set with such a one is not taken.
     """
     open_ones = [name for name in SWITCHES if getattr(options, name) == "auto"]
+    idle = [name for name in ("teacher_stream", "cuda_graph") if device.type == "cpu" and getattr(options, name) is True]
+    told = [f"{name}: on, which has no effect on a CPU" for name in idle]
     off: dict[str, Any] = dict.fromkeys(open_ones, False)
     if options.implementation != "fast" or not open_ones:
-        return replace(options, **off), []
+        return replace(options, **off), told
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     batches = measured_steps().get(name, {}).get(precision, {})
     if not batches:
         reason = f"no step in {precision} has been measured on {'this ' if name == 'cpu' else ''}{name}"
-        return replace(options, **off), [f"{', '.join(open_ones)}: off, {reason}"]
+        return replace(options, **off), [*told, f"{', '.join(open_ones)}: off, {reason}"]
     nearest = min(batches, key=lambda each: abs(int(each) - clips))
     hindered = [name for name in batches[nearest] if name in open_ones and name in obstacles]
     if hindered:  # the rest of the set has not been measured without it
         why = f"the fastest step of {nearest} clips on {name} had {hindered[0]}, and {obstacles[hindered[0]]}"
-        return replace(options, **off), [f"{', '.join(open_ones)}: off, {why}"]
+        return replace(options, **off), [*told, f"{', '.join(open_ones)}: off, {why}"]
     on: dict[str, Any] = {switch: switch in batches[nearest] for switch in open_ones}
     where = f"as in the fastest step of {nearest} clips on {name} (XKD, base model)"
     lines = [f"{switch}: {'on' if is_on else 'off'}, {where}" for switch, is_on in on.items()]
-    return replace(options, **on), lines
+    return replace(options, **on), [*told, *lines]
 
 
 def obstacles_of(options: ModelOptions, zero_stage: int) -> dict[str, str]:
