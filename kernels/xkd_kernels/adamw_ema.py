@@ -319,6 +319,7 @@ def _torch_adamw_ema(
     _follow(followed, [p[j].view(-1) for j, *_ in moved], [of[i][1] for _, i, _, _ in moved])
     halves = [(copy_of[i].view(-1).narrow(0, at, n), t) for (_, i, at, n), t in zip(moved, followed) if i in copy_of]
     _copy([half for half, _ in halves], [t for _, t in halves])
+    increment_version([*parameters, *firsts, *seconds, *teachers, *copies])
 
 
 @torch.no_grad()
@@ -327,6 +328,7 @@ def _torch_ema(
 ) -> None:
     _follow(teachers, students, follow)
     _copy(copies, [teachers[i] for i in copied])
+    increment_version([*teachers, *copies])  # PyTorch 2.11's multi-tensor operators on a GPU do not tell of their writes
 
 
 def _pieces(tensors: list[Tensor], segments: Segments) -> list[Tensor]:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from xkd_kernels.backends import backend_of, shape_class
 from xkd_kernels.checks import require_floats, require_no_tangent, require_one_device, whole_number
@@ -99,6 +100,7 @@ class _ByDistances(torch.autograd.Function):
         ctx.save_for_backward(x, y)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
         rows, distance, pairs = _condensed(x, y)

@@ -91,9 +91,8 @@ class _ByTorch(torch.autograd.Function):
         along = torch.linalg.vecdot(gradient, wide).unsqueeze(1) * inverse  # of the unit row
         factor = inverse if scale is None else inverse * scale
         shrink = torch.where(inverse < 1 / ctx.eps, along * inverse, 0.0)  # a length below eps does not move the result's
-        to_x = torch.addcmul(gradient, wide, shrink, value=-1).mul_(factor).to(x.dtype) if ctx.needs_input_grad[0] else None
-        to_scale = along.to(scale.dtype) if scale is not None and ctx.needs_input_grad[1] else None
-        return to_x, to_scale, None, None
+        to_x = torch.addcmul(gradient, wide, shrink, value=-1).mul_(factor).to(x.dtype)
+        return to_x, None if scale is None else along.to(scale.dtype), None, None
 
 
 # ------------------------------------------------------------------------------------------------------------------ operators

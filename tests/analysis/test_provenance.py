@@ -65,3 +65,10 @@ def test_device_and_versions_are_those_of_this_machine(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     assert provenance.provenance()["device"] == "a GPU"
+
+
+def test_a_copied_tree_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a figure measured on a copy without history carries the commit of whatever history lies around it."""
+    monkeypatch.setenv("XKD_BENCHMARK_COMMIT", "0123abc")
+    told = provenance.provenance()
+    assert told["commit"] == "0123abc" and told["dirty"] is False
