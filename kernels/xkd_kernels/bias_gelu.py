@@ -19,7 +19,6 @@ from xkd_kernels.checks import kernel_type, require_floats, require_no_tangent, 
 from xkd_kernels.configurations import launch_of, on_own_device
 from xkd_kernels.residual_layer_norm import programs_at_once
 
-ROOT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 ROOT_TWO_PI_INVERSE: tl.constexpr = tl.constexpr(0.3989422804014327)
 
 
@@ -119,6 +118,19 @@ bias_gelu_forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 @triton.jit
+def normal_below(u):
+    """Φ(u), and e^(−u²/2), from which it is made: 1 − Φ(|u|) = polynomial(t) · e^(−u²/2), t = 1 / (1 + p|u|).
+
+    Abramowitz and Stegun 7.1.26, at most 7.5e-8 off, which is how far float32's own 0.5 + 0.5 · erf is; a third of its
+    instructions, which bound this operator on a GPU, and the tail of negative numbers does not cancel.
+    """
+    bell = tl.exp(-0.5 * u * u)
+    t = 1.0 / (1.0 + 0.231641888 * tl.abs(u))  # 0.3275911 / √2
+    tail = ((((0.5307027145 * t - 0.7265760135) * t + 0.7107068705) * t - 0.142248368) * t + 0.127414796) * t * bell
+    return tl.where(u > 0, 1.0 - tail, tail), bell
+
+
+@triton.jit
 def _bias_gelu_forward_kernel(
     h, bias, out, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +140,8 @@ def _bias_gelu_forward_kernel(
     inside = (own < rows)[:, None] & (columns < WIDTH)[None, :]
     u = tl.load(h + places, mask=inside, other=0.0).to(tl.float32)
     u += tl.load(bias + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
-    y = u * (0.5 + 0.5 * tl.erf(u * ROOT_HALF))
+    below, _ = normal_below(u)
+    y = u * below
     tl.store(out + places, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -146,9 +159,9 @@ def _bias_gelu_backward_kernel(
         places = own.to(tl.int64)[:, None] * WIDTH + columns[None, :]
         inside = (own < rows)[:, None] & (columns < WIDTH)[None, :]
         u = tl.load(h + places, mask=inside, other=0.0).to(tl.float32) + shift
-        below = 0.5 + 0.5 * tl.erf(u * ROOT_HALF)
-        density = ROOT_TWO_PI_INVERSE * tl.exp(-0.5 * u * u)
-        to_u = tl.load(gradient + places, mask=inside, other=0.0).to(tl.float32) * (below + u * density)
+        below, bell = normal_below(u)
+        slope = below + u * bell * ROOT_TWO_PI_INVERSE
+        to_u = tl.load(gradient + places, mask=inside, other=0.0).to(tl.float32) * slope
         to_bias += to_u
         tl.store(to_h + places, to_u.to(to_h.dtype.element_ty), mask=inside)
         if AGAIN:

@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from xkd_kernels.backends import backend_of
-from xkd_kernels.bias_gelu import ROOT_HALF, naive_bias_gelu
+from xkd_kernels.bias_gelu import naive_bias_gelu, normal_below
 from xkd_kernels.checks import kernel_type, require_floats, require_no_gradient, require_one_device, whole_number
 from xkd_kernels.configurations import launch_of, on_own_device
+from xkd_kernels.packed_attention import INTERPRETED
 from xkd_kernels.residual_layer_norm import naive_residual_layer_norm
 
 E4M3 = torch.float8_e4m3fn
@@ -217,16 +218,19 @@ def _(h: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 def _quantised(y):
     """Rows of y [R, W] float32 as E4M3 [R, W] and scales [R]; columns beyond a row's end must be 0.
 
-    Largest numbers are found as whole numbers, among which NaN is the largest. Rounding is by float32's own: at this distance
-    from 0 its spacing is E4M3's, 2⁻³ of the number's power of two and 2⁻⁹ at least. So the cast has nothing left to round.
+    Largest numbers are found as whole numbers, among which NaN is the largest. A GPU's cast rounds to the nearest; the
+    interpreter's cuts off, so there float32 rounds before: at this distance from 0 its spacing is E4M3's, 2⁻³ of the number's
+    power of two and 2⁻⁹ at least.
     """
     largest = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(largest, LARGEST)
+    scale = largest / LARGEST
     scale = tl.where(scale < LEAST, 1.0, scale)
-    y = tl.div_rn(y, tl.broadcast_to(scale[:, None], y.shape))
-    power = (y.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    distance = tl.maximum(power, 0.015625) * 1572864.0  # 2⁻⁶, E4M3's smallest normal number; 1.5 · 2²⁰
-    return ((y + distance) - distance).to(tl.float8e4nv), scale
+    y = y * (1.0 / scale)[:, None]
+    if INTERPRETED:
+        power = (y.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        distance = tl.maximum(power, 0.015625) * 1572864.0  # 2⁻⁶, E4M3's smallest normal number; 1.5 · 2²⁰
+        y = (y + distance) - distance
+    return y.to(tl.float8e4nv), scale
 
 
 @triton.jit
@@ -277,6 +281,7 @@ def _bias_gelu_fp8_forward_kernel(
     inside = (own < rows)[:, None] & (columns < WIDTH)[None, :]
     u = tl.load(h + places, mask=inside, other=0.0).to(tl.float32)
     u += tl.load(bias + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
-    numbers, scales = _quantised(u * (0.5 + 0.5 * tl.erf(u * ROOT_HALF)))
+    below, _ = normal_below(u)
+    numbers, scales = _quantised(u * below)
     tl.store(q + places, numbers, mask=inside)
     tl.store(scale + own, scales, mask=own < rows)

@@ -76,6 +76,25 @@ def test_a_recorded_pass_is_the_models(variant: str) -> None:
             torch.testing.assert_close(recorded[name], gradient, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_recorded_backward_pass_does_not_run_under_autocast(variant: str) -> None:
+    """Red if it does: its float32 products are then rounded to bfloat16, and gradients are off by half a per cent."""
+    options = tiny_options(variant=variant)
+    model = build_model(options, seed=2)
+    assert isinstance(model, XKD)
+    views, masks = random_batch(options, 3, dtype=torch.float32)
+    both = []
+    for recorded in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = model.recorded_losses(views, masks, run_again) if recorded else model(views, masks)
+        losses.total.backward()
+        both.append(gradients(model))
+    for name, gradient in both[0].items():
+        if gradient is not None:
+            assert both[1][name] is not None, name
+            assert (both[1][name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
 def test_a_recording_follows_weights_teachers_and_autocast() -> None:
     """Red if a recording goes on with casts of old weights, old teachers, old centres or another precision."""
     options = tiny_options()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.errors import UserError
+from xkd_fast.model.precision import as_written
 from xkd_fast.objective.losses import Losses, Outputs
 
 WARM_UP = 3  # passes before recording: lazy initialisation, autotuning and compilation may not be recorded
@@ -77,7 +78,8 @@ class RecordedPass:
             context = torch.autocast(device.type, half, enabled=half is not None, cache_enabled=False)
             with torch.enable_grad(), context:
                 losses = losses_of(static_views, static_masks)
-            gradients = torch.autograd.grad(losses.total, parameters, allow_unused=True)
+            with as_written(device):  # this is called under autocast, but a backward pass is not to run under it
+                gradients = torch.autograd.grad(losses.total, parameters, allow_unused=True)
             self._losses, self._gradients = detached(losses), list(gradients)
 
         prepare()
