@@ -81,7 +81,8 @@ class _ByTorch(torch.autograd.Function):
         inverse = length.clamp_min(eps).reciprocal_()
         ctx.save_for_backward(x, scale, inverse)
         ctx.eps = eps
-        return (wide * (inverse if scale is None else inverse * scale)).to(dtype)
+        unit = wide * (inverse if scale is None else inverse * scale)
+        return unit if unit.dtype == dtype else unit.to(dtype)  # torch 2.11's compiler loses gradients at a cast of nothing
 
     @staticmethod
     @once_differentiable

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from xkd_fast.engine.launch import (
     StopSignal,
     first_rank_first,
-    free_port,
     launchers_above,
     local_world_size,
     require_build_tools,
@@ -26,14 +25,6 @@ from xkd_fast.engine.launch import (
     tell_of_other_build,
 )
 from xkd_fast.errors import UserError
-
-
-@pytest.fixture
-def single_rank():
-    """A process group of one."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_sigterm_is_agreed_on_not_acted_on(single_rank: None) -> None:

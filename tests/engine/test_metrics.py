@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny import random_batch, tiny_options
@@ -21,7 +20,6 @@ from xkd_fast.engine import log, metrics
 from xkd_fast.engine.checkpoint import TrainState
 from xkd_fast.engine.ema import Teachers
 from xkd_fast.engine.health import collapse, entropy, probabilities
-from xkd_fast.engine.launch import free_port
 from xkd_fast.engine.loss_scale import LossScale
 from xkd_fast.engine.memory import MemoryRecord
 from xkd_fast.engine.reporter import NonFiniteLoss, Reporter, StepCost
@@ -29,15 +27,6 @@ from xkd_fast.engine.schedule import Schedule
 from xkd_fast.engine.stragglers import Stragglers
 from xkd_fast.errors import UserError
 from xkd_fast.reference import XKD
-
-
-@pytest.fixture
-def single_rank():
-    """A process group of one."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
 
 START = TrainState(step=0, seed=0, samples=100, data_crc32=9, global_batch=8, world_size=1, zero_stage=0)
 COST = StepCost(flops_per_clip=2e9, peak=1e12)

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.engine.test_launch import single_rank  # noqa: F401 (a fixture that its tests ask for)
 from tests.tiny import random_batch, tiny_options
 from xkd_fast.config import load_config
 from xkd_fast.engine.engine import Engine
@@ -19,10 +18,7 @@ from xkd_fast.train import checked
 from xkd_kernels import fp8_linear
 
 
-def test_the_engine_tells_how_far_apart_they_are_or_ends_the_run(
-    single_rank: None,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_engine_tells_how_far_apart_they_are_or_ends_the_run(single_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Red if the comparison is of float32 with itself, is not told, or lets broken teachers train."""
     model = build_model(tiny_options(encoder=EncoderOptions(32, 2, 4), teacher_precision="fp8"), seed=0)
     engine = SimpleNamespace(module=model, device=torch.device("cpu"))
