@@ -151,7 +151,7 @@ def test_all_tokens_that_share_weights_pass_them_together(variant: str, monkeypa
 def test_views_of_one_shape_share_a_position_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a table that is resampled once per view."""
     calls: list[tuple[int, tuple[int, ...]]] = []
-    spy(monkeypatch, tokens, "interpolate_position", lambda table, grid, target: calls.append((table.data_ptr(), target)))
+    spy(monkeypatch, tokens, "resampled_position", lambda table, grid, target: calls.append((table.data_ptr(), target)))
     options = tiny_options(**MANY_VIEWS)
     model = build_model(options, seed=0)
     model(*random_batch(options, CLIPS, dtype=torch.float32))

@@ -75,6 +75,21 @@ def _own_dtype(clip: Tensor) -> torch.dtype:
     return torch.float32 if clip.dtype == torch.uint8 else clip.dtype
 
 
+def resampled_position(table: Tensor, grid: Sequence[int], target: Sequence[int]) -> Tensor:
+    """``reference.interpolate_position``, to the same numbers: [1, N, D] → [1, N', D].
+
+    A GPU resamples the places of a picture side by side and its channels one after the other. Audio's table, whose mel axis
+    stays as it is, is therefore one picture of a row per mel band and number of D, not a small one of D channels.
+    """
+    if tuple(grid) == tuple(target) or len(grid) != 2:
+        return interpolate_position(table, grid, target)
+    mel, time = grid
+    rows = table.view(mel, time, -1).movedim(-1, 1).reshape(1, 1, -1, time)  # [1, 1, mel · D, T]
+    scale = [1.0, (target[1] + 0.1) / time]
+    resampled = F.interpolate(rows, scale_factor=scale, mode="bicubic", align_corners=False)
+    return resampled.view(mel, table.shape[-1], -1).movedim(1, -1).reshape(1, -1, table.shape[-1])
+
+
 def embed(encoder: Encoder, clips: Sequence[Tensor], visible: Tensor | None, *, kernels: str) -> list[Tensor]:
     """Tokens of several clips of one modality, embedded by one matrix product.
 
@@ -98,7 +113,7 @@ def embed(encoder: Encoder, clips: Sequence[Tensor], visible: Tensor | None, *, 
         else:
             grid = tuple(size // extent for size, extent in zip(clip.shape[2:], encoder.patch, strict=True))
             if grid not in resampled:
-                resampled[grid] = interpolate_position(table, encoder.grid, grid)
+                resampled[grid] = resampled_position(table, encoder.grid, grid)
             patches.append(all_patches(clip, encoder.clip, kernels=kernels, dtype=dtype))
             positions.append(resampled[grid])
     rows = encoder.patch_embedding(torch.cat([part.flatten(0, 1) for part in patches]))
