@@ -26,6 +26,7 @@ from benchmarks.contestants import (
 )
 from benchmarks.memory import PeakMemory, free_unused, retries
 from xkd_fast.data.views import MaskNoise, Views
+from xkd_fast.engine.heap import keep_freed_memory
 from xkd_fast.model.build import random_views
 from xkd_fast.model.options import ModelOptions
 
@@ -129,6 +130,8 @@ class Race:
 
     def __init__(self, options: ModelOptions, device: torch.device, dtype: torch.dtype, clips: int) -> None:
         self._how, self._device = (options, device, dtype), device
+        if device.type == "cpu":
+            keep_freed_memory()  # for all: with one contestant's memory given back, the next one would fetch it in its own time
         initial_model(options, device)  # drawn before anyone's memory is watched
         torch.manual_seed(0)
         self._views = random_views(options, clips, device)

@@ -19,8 +19,8 @@ HEADS = 12
 
 
 def backends(device: torch.device) -> dict[str, Attention]:
-    """Those that run here; on a CPU our kernels would be interpreted."""
-    found = {name: choose(name) for name in ("eager", "sdpa", "recompute")}
+    """Those that run here; on a CPU our kernels would be interpreted, and ``auto`` has ways of its own."""
+    found = {name: choose(name) for name in ("eager", "sdpa", "recompute", *(["auto"] if device.type == "cpu" else []))}
     for name in ("triton", "xformers") if device.type == "cuda" else ():
         try:
             found[name] = choose(name)

@@ -120,6 +120,7 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
     from xkd_fast.data.shards import ShardSet
     from xkd_fast.engine.checkpoint import Checkpoints, TrainState
     from xkd_fast.engine.engine import Engine
+    from xkd_fast.engine.heap import keep_freed_memory
     from xkd_fast.engine.launch import StopSignal, first_rank_first, own_device
     from xkd_fast.engine.memory import MemoryRecord
     from xkd_fast.engine.reporter import Reporter
@@ -136,6 +137,8 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
         )
     config.train.accumulation(world_size)  # refuses a batch that does not divide, before hours go into rendering
     model_options, switches = settle(config, world_size)
+    if own_device().type == "cpu":
+        keep_freed_memory()
     first_rank_first(lambda: make_ready(config, model_options))
 
     stop = StopSignal(launchers)

@@ -22,6 +22,7 @@ from xkd_fast.analysis.flops import total as all_parts
 from xkd_fast.analysis.kept import Kept
 from xkd_fast.config import Config
 from xkd_fast.data.views import MaskNoise, Views
+from xkd_fast.engine.heap import keep_freed_memory
 from xkd_fast.engine.local import LocalUpdate
 from xkd_fast.engine.updates import choose_update
 from xkd_fast.errors import UserError
@@ -222,6 +223,8 @@ def profile(
         raise UserError("--nvtx marks ranges for Nsight Systems, which needs a GPU; leave it out, or use --trace")
     if config.model.compile is True:
         require_compiler()
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     try:
         say(f"building the {config.model.variant} model ({config.model.implementation})")

@@ -31,6 +31,7 @@ PackedAttend = Callable[[Tensor, Sequence[Group], int], Tensor]
 SHORT = 640  # tokens up to which keeping the matrix of probabilities costs little
 KEY_TILE = 32  # keys that PyTorch's attention on a CPU likes to see whole in bfloat16
 QUERY_TILE = 64  # queries whose scores are held at once where CLS is off
+CACHED_TILE = 128  # queries whose scores of all heads stay in a processor's cache at the base model's lengths
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,19 @@ def _sdpa_of_whole_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
+def _tile_by_tile(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``eager`` for a tile of queries at a time, forward alone: no whole matrix, and 561 tokens in 0.6 of sdpa's time."""
+    q, k, v = _scaled(q).contiguous(), k.contiguous(), v.contiguous()
+    tiles = [_probabilities(tile, k) @ v for tile in q.split(CACHED_TILE, dim=2)]
+    return torch.cat(tiles, dim=2).transpose(1, 2).flatten(2)
+
+
+@cache
+def has_matrix_unit() -> bool:
+    """Whether this processor has one for bfloat16 (AMX), which PyTorch's attention makes use of."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -116,17 +130,18 @@ PLAIN: dict[str, Attend] = {"sdpa": sdpa, "recompute": recompute, "eager": eager
 
 
 def automatic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``sdpa``; in bfloat16 on a CPU of whole tiles, and to be differentiated ``eager`` if short and ``recompute`` if not.
+    """``sdpa``; in bfloat16 on a CPU, to be differentiated, ``eager`` if short and ``recompute`` if not, else in tiles.
 
-    A base model's attention, forward and backward of 2 clips on two Xeon cores (benchmarks/results/attention_*.json): in
-    bfloat16 sdpa takes twice the time of eager, whose products run on the matrix unit; in float32 about half. Eager keeps every
-    matrix, 12 MB a clip in the students and 45 MB in the decoders, elsewhere far more; recompute lies between. The
-    teachers' forward pass takes half the time in sdpa, in bfloat16 at most lengths only of whole tiles.
+    A base model's attention, forward and backward of 2 clips on two cores (benchmarks/results/attention_*.json): in bfloat16
+    sdpa takes twice the time of eager, whose products run on the matrix unit of a Xeon; in float32 about half. Eager keeps
+    every matrix, 12 MB a clip in the students and 45 MB in the decoders, elsewhere far more; recompute lies between. The
+    teachers' forward pass takes half the time in sdpa where there is a matrix unit, in bfloat16 at most lengths only of whole
+    tiles; where there is none, products of a tile of queries at a time are faster.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return sdpa(q, k, v)
     if not q.requires_grad:
-        return _sdpa_of_whole_tiles(q, k, v)
+        return (_sdpa_of_whole_tiles if has_matrix_unit() else _tile_by_tile)(q, k, v)
     return eager(q, k, v) if k.shape[2] <= SHORT else recompute(q, k, v)
 
 
