@@ -3,6 +3,7 @@
 # the tests that need a GPU, then the benchmarks. Writes benchmarks/results/*.json and prints a short table last.
 #
 #   bash benchmarks/gpu.sh            on a GPU: the base model at 32 and 128 clips, then single kernels
+#   bash benchmarks/gpu.sh --kernels  on a GPU: single kernels, optimiser, attention and objectives alone
 #   bash benchmarks/gpu.sh --tune     on a GPU: single kernels alone, after a search for faster launches of each
 #   bash benchmarks/gpu.sh --ablate   on a GPU: the step without one technique at a time alone, at 32 and 128 clips
 #   bash benchmarks/gpu.sh --smoke    anywhere: tiny sizes, benchmarks/results stays as it is; also what happens without a GPU
@@ -17,8 +18,8 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 python=${PYTHON:-python3}
 begun=$(date +%s)
 
-if [[ $# -gt 1 || ! "${1:---smoke}" =~ ^--(smoke|tune|ablate)$ ]]; then
-    echo "error: unknown arguments $*; it takes --smoke, --tune or --ablate" >&2
+if [[ $# -gt 1 || ! "${1:---smoke}" =~ ^--(smoke|kernels|tune|ablate)$ ]]; then
+    echo "error: unknown arguments $*; it takes --smoke, --kernels, --tune or --ablate" >&2
     exit 2
 fi
 if [[ ! "${XKD_BENCHMARK_SECONDS:-0}" =~ ^[0-9]+$ ]]; then
@@ -40,7 +41,7 @@ if [[ "${1:-}" == --smoke ]] || ! "$python" -c 'import sys, torch; sys.exit(not 
 else
     case "${1:-}" in
         --tune) tests=(tests/kernels tests/model/test_kernels.py) ;;
-        --ablate) tests=(tests/model/test_fast_model.py) ;;
+        --kernels | --ablate) tests=(tests/model/test_fast_model.py) ;;
         *) tests=(tests/kernels tests/model/test_kernels.py "${tests[@]}") ;; # the kernels first
     esac
     tests+=(--ignore=tests/kernels/test_{resources,native}.py) # which compile for GPUs that are not here
@@ -81,14 +82,17 @@ further() {
         failed=1
     fi
 }
+kernels=(benchmarks/test_{kernels,optimizer,attention,objectives}.py)
 if [[ "${1:-}" == --tune ]]; then
     echo "further cases of the kernels' tests: left out"
     XKD_BENCHMARK_TUNE=1 bench benchmarks/test_kernels.py
 elif [[ "${1:-}" == --ablate && ${#flags[@]} -gt 0 ]]; then
     bench benchmarks/test_ablation.py
+elif [[ "${1:-}" == --kernels && ${#flags[@]} -gt 0 ]]; then
+    bench "${kernels[@]}"
 else
     bench benchmarks/test_step.py -k xkd-bfloat16
-    bench benchmarks/test_{kernels,optimizer,attention,objectives}.py
+    bench "${kernels[@]}"
     bench benchmarks/test_step.py -k "not xkd-bfloat16"
     if [[ ${#flags[@]} -gt 0 ]]; then
         further
