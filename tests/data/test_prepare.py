@@ -27,15 +27,13 @@ from xkd_fast.data.decode import ClipDecoder, DecodeRequest
 from xkd_fast.data.prepare import (
     PLAN,
     REPORT,
-    VIDEO_SUFFIXES,
     PrepareOptions,
     PrepareReport,
-    Source,
-    find_sources,
     prepare,
     shuffle,
 )
 from xkd_fast.data.shards import MANIFEST, ShardSet, index_path
+from xkd_fast.data.sources import VIDEO_SUFFIXES, Source, find_sources
 from xkd_fast.data.synthetic import SyntheticOptions, clip_path, render_clip, render_dataset
 from xkd_fast.errors import UserError
 
@@ -167,12 +165,12 @@ def test_shards_do_not_depend_on_where_the_source_lies(
 
 def test_the_seed_moves_samples_between_shards(mixed: Path) -> None:
     """Would catch shards of one class each, which a sequential reader would train on one after the other."""
-    sources = find_sources(mixed)
+    sources = find_sources(mixed).sources
     first, again, other = shuffle(sources, 0), shuffle(sources[::-1], 0), shuffle(sources, 1)
     assert first == again and first != other and sorted(first, key=lambda s: s.name) == sources
-    many = shuffle([Source(f"{name}/{k}.mp4", name, 0) for name in "abcd" for k in range(100)], 0)
+    many = shuffle([Source(f"{name}/{k}.mp4", "", (name,)) for name in "abcd" for k in range(100)], 0)
     for start in range(0, 400, 50):
-        assert min(Counter(source.class_name for source in many[start : start + 50]).values()) >= 4
+        assert min(Counter(source.classes for source in many[start : start + 50]).values()) >= 4
 
 
 # ------------------------------------------------------------------------------------------------------------------- names
@@ -208,8 +206,10 @@ def test_which_files_count(media: Path, tmp_path: Path) -> None:
     source = place(media, tmp_path / "videos", dict.fromkeys(names, "good"))
     (source / "folder.mp4").mkdir()
     size = (source / "three.webm").stat().st_size
-    expected = {"a/ONE.MKV": "a", "a/b/c/two.Mp4": "a", "three.webm": None}
-    assert find_sources(source) == [Source(name, folder, size) for name, folder in expected.items()]
+    expected = {"a/ONE.MKV": ("a",), "a/b/c/two.Mp4": ("a",), "three.webm": ()}
+    found = find_sources(source)
+    assert found.sources == [Source(name, str(source / name), classes, size=size) for name, classes in expected.items()]
+    assert found.classes == ["a"] and found.about == {}
     assert {".mp4", ".webm", ".mkv", ".avi", ".mov"} <= VIDEO_SUFFIXES
 
 

@@ -18,8 +18,19 @@ from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
+from xkd_fast.data.segment import frames_from, segment_bounds
+
 Reason = Literal[
-    "unreadable", "no_video", "no_audio", "silent_audio", "too_short", "too_narrow", "truncated", "timed_out", "crashed"
+    "unreadable",
+    "no_video",
+    "no_audio",
+    "silent_audio",
+    "too_short",
+    "too_narrow",
+    "truncated",
+    "timed_out",
+    "crashed",
+    "missing",
 ]
 
 # Without the two flags swscale darkens a flat 255 to 253, and once more on the way to JPEG.
@@ -49,14 +60,18 @@ class ConvertTask:
     sample_rate: int
     min_seconds: float
     quality: int
+    start: float | None = None  # seconds of the source's own time line; None = from its beginning
+    end: float | None = None  # seconds; None = to its end
+    without_sound: bool = False  # a video without sound becomes a sample without audio, instead of being skipped
+    without_picture: bool = False  # a sound without picture becomes a sample without video, instead of being skipped
 
 
 @dataclass(frozen=True)
 class Converted:
     """A sample's encoded streams and their sizes."""
 
-    video: bytes
-    audio: bytes
+    video: bytes | None  # None = the source has no picture; then frames, height and width are 0
+    audio: bytes | None  # None = the source has no sound; then samples is 0
     frames: int
     samples: int  # of audio
     height: int
@@ -88,29 +103,59 @@ def _convert(task: ConvertTask) -> Converted:
     if not os.path.isfile(task.path):
         raise _Skip("unreadable", "no regular file, or a link that leads nowhere")
     with _open(task) as container:
-        if not _pictures_of(container):
-            raise _Skip("no_video")
-        if not container.streams.audio:
-            raise _Skip("no_audio")
+        has_picture, has_sound = bool(_pictures_of(container)), bool(container.streams.audio)
         promised = container.duration / av.time_base if container.duration else 0.0
+        first, last = segment_bounds(container, task.start, task.end)
+    part = (task.start or 0.0, min(promised, math.inf if task.end is None else task.end))
+    if not has_picture and not (has_sound and task.without_picture):
+        raise _Skip("no_video")
+    if not has_sound and not task.without_sound:
+        raise _Skip("no_audio")
+    if not has_picture:
+        return _convert_sound(task, first, last, part[1] - part[0])
     pictures, start, seconds = _read_frames(task)
     if seconds < task.min_seconds:
         raise _Skip("too_short", f"{seconds:.2f} s of picture, at least {task.min_seconds:g} s are asked for")
-    pieces = _read_audio(task)
-    if not pieces:
+    pieces = _read_audio(task) if has_sound else []
+    if not pieces and not task.without_sound:
         raise _Skip("no_audio", "the audio stream holds no sound")
-    audio_start = pieces[0][0]
-    audio_end = pieces[-1][0] + pieces[-1][1].size / task.sample_rate
+    audio_start = pieces[0][0] if pieces else start
+    audio_end = pieces[-1][0] + pieces[-1][1].size / task.sample_rate if pieces else start
     read = max(seconds + start, audio_end) - min(start, audio_start, 0.0)  # Matroska promises an end, not a length
-    if read < 0.9 * promised - 0.5:
-        raise _Skip("truncated", f"{read:.2f} s could be read of the {promised:.2f} s that the file promises")
+    if task.start is not None or task.end is not None:
+        read, promised = seconds, part[1] - part[0]
+    _require_whole(read, promised)
     samples = round(len(pictures) / task.fps * task.sample_rate)
     waveform = place_sound([(round((time - start) * task.sample_rate), sound) for time, sound in pieces], samples)
-    if not waveform.any():
+    heard = bool(waveform.any())
+    if not heard and not task.without_sound:
         raise _Skip("silent_audio", "every sample under the picture is zero")
     height, width, _ = pictures[0].shape
-    video, audio = encode_video(pictures, task.codec, task.fps, task.quality), encode_flac(waveform, task.sample_rate)
-    return Converted(video, audio, len(pictures), samples, height, width, round(audio_start - start, 6))
+    video = encode_video(pictures, task.codec, task.fps, task.quality)
+    audio = encode_flac(waveform, task.sample_rate) if heard else None
+    return Converted(video, audio, len(pictures), samples if heard else 0, height, width, round(audio_start - start, 6))
+
+
+def _convert_sound(task: ConvertTask, first: float, last: float, promised: float) -> Converted:
+    """A sample of a source without picture: its sound from ``first`` to ``last``, in its time stamps."""
+    pieces = _read_audio(task)
+    if not pieces:
+        raise _Skip("no_audio", "no sound lies in the part asked for, or in the audio stream")
+    start = max(first, pieces[0][0])
+    seconds = min(last, pieces[-1][0] + pieces[-1][1].size / task.sample_rate) - start
+    if seconds < max(task.min_seconds, 1 / task.sample_rate):
+        raise _Skip("too_short", f"{seconds:.2f} s of sound, at least {task.min_seconds:g} s are asked for")
+    _require_whole(seconds, promised)
+    places = [(round((time - start) * task.sample_rate), sound) for time, sound in pieces]
+    waveform = place_sound(places, round(seconds * task.sample_rate))
+    if not waveform.any():
+        raise _Skip("silent_audio", "every sample is zero")
+    return Converted(None, encode_flac(waveform, task.sample_rate), 0, waveform.size, 0, 0, 0.0)
+
+
+def _require_whole(read: float, promised: float) -> None:
+    if read < 0.9 * promised - 0.5:
+        raise _Skip("truncated", f"{read:.2f} s could be read of the {promised:.2f} s that the file promises")
 
 
 def _open(task: ConvertTask) -> Any:
@@ -142,6 +187,7 @@ def _read_frames(task: ConvertTask) -> tuple[list[NDArray[np.uint8]], float, flo
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         scaler = _Scaler(stream.sample_aspect_ratio or Fraction(1), task.short_side)
 
+        first, last = segment_bounds(container, task.start, task.end)
         slack = min(max(float(stream.time_base or 0), TIME_STAMP_ERROR[0]), TIME_STAMP_ERROR[1])
 
         def show(until: int) -> None:
@@ -152,10 +198,12 @@ def _read_frames(task: ConvertTask) -> tuple[list[NDArray[np.uint8]], float, flo
                 pictures.extend([scaler(held)] * (until - shown))
                 shown = until
 
-        for frame in container.decode(stream):
+        for frame in frames_from(container, stream, first):
             time = float(frame.time) if frame.time is not None else end
+            if time >= last - slack:
+                break
             if held is None:
-                start = time
+                start = max(time, first)  # what is seen then may have begun before
             else:
                 if time <= end - step:  # a time stamp that goes back in time carries no information
                     continue
@@ -163,8 +211,11 @@ def _read_frames(task: ConvertTask) -> tuple[list[NDArray[np.uint8]], float, flo
                 show(math.ceil((time - start - slack) * task.fps))
             step = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else float(1 / rate)
             held, end = frame, time + step
-        if held is None:
+        if held is None and last == math.inf:
             raise _Skip("unreadable", "not one frame could be decoded")
+        if held is None or end <= first:
+            raise _Skip("too_short", "no picture lies in the part asked for")
+        end = min(end, last)
         show(max(shown, 1, round((end - start) * task.fps)))
     return pictures, start, end - start
 
@@ -214,8 +265,13 @@ def _read_audio(task: ConvertTask) -> list[tuple[float, NDArray[np.int16]]]:
     with _open(task) as container:
         stream = container.streams.audio[0]
         stream.codec_context.thread_count = 1
-        for frame in container.decode(stream):
+        first, last = segment_bounds(container, task.start, task.end)
+        for frame in frames_from(container, stream, first):
             time = float(frame.time) if frame.time is not None else heard
+            if time >= last:
+                break
+            if time + frame.samples / frame.sample_rate <= first:
+                continue
             if form is not None and time < heard - AUDIO_GAP:
                 continue  # spliced recordings overlap; pictures that go back in time are left out as well
             if form is None or time > heard + AUDIO_GAP:
