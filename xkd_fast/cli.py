@@ -373,8 +373,10 @@ def _audit(given: argparse.Namespace, sources: Any, options: Any) -> int:
     from rich.console import Console
 
     from xkd_fast.data.audit import audit, write_json
-    from xkd_fast.data.audit_figures import audit_table, plot_audit
+    from xkd_fast.data.audit_figures import audit_table, plot_audit, plot_format
 
+    if given.plot is not None:
+        plot_format(Path(given.plot))
     with progress_bar("auditing") as progress:
         found = audit(sources, options, progress=progress)
     Console().print(audit_table(found))

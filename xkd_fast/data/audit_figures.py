@@ -73,8 +73,8 @@ def audit_table(found: Audit) -> Table:
     return table
 
 
-def plot_audit(found: Audit, path: Path) -> None:
-    """Draw lengths, and the most frequent codecs, sizes and rates; replaces ``path`` in one step.
+def plot_format(path: Path) -> str:
+    """The kind of picture that a file's name asks for.
 
     Raises:
         UserError: an ending that is no picture's.
@@ -82,6 +82,16 @@ def plot_audit(found: Audit, path: Path) -> None:
     form = path.suffix.lower().lstrip(".")
     if form not in FORMATS:
         raise UserError(f"--plot {path} must end in {', '.join(f'.{name}' for name in FORMATS)}")
+    return form
+
+
+def plot_audit(found: Audit, path: Path) -> None:
+    """Draw lengths, and the most frequent codecs, sizes and rates; replaces ``path`` in one step.
+
+    Raises:
+        UserError: an ending that is no picture's.
+    """
+    form = plot_format(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6), layout="constrained")
