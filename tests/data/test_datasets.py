@@ -298,6 +298,8 @@ WRONG_LINES = [
     ("hmdb51", "wave_test_split1.txt", "c_wave.avi 0", "b_wave.avi 1", "line 3: b_wave.avi has mark 1, further up it has 2"),
     ("esc50", "esc50.csv", "2,1,dog", "2,1,cat", "line 5: target '1' and class 'cat' do not go together"),
     ("esc50", "esc50.csv", "A-1.wav,2,", "A-1.wav,6,", "line 5: fold '6' must lie in 1-5"),
+    ("esc50", "esc50.csv", "1,1,dog,False,1001,A\n2-200-A-0.wav,2,0,rooster,False,2000,A\n2-200-A-1.wav,2,1,dog",
+     "1,1,dog,False,1001,A\n2-200-A-0.wav,2,0,rooster,False,2000,A\n2-200-A-1.wav,2,2,dog", "3 targets have 2 classes"),
     ("fsd50k", "dev.csv", "Bark,Animal", "Bark,Ghost", "line 2: label 'Ghost' is not in vocabulary.csv"),
     ("fsd50k", "dev.csv", "val", "test", "line 3: split 'test' must be train or val"),
     ("fsd50k", "vocabulary.csv", "1,Bark", "1,Zipper", "line 2: .* is not number 1, the name of another class"),
@@ -426,6 +428,15 @@ def test_missing_files_are_counted_listed_and_warned_of(media: Path, tmp_path: P
         UserError, match=r"none of the 3 files of Kinetics-400's train split lies below .*looked for as ID_SSSSSS"
     ):
         open_dataset("kinetics400", root)
+
+
+def test_a_part_of_esc50_keeps_the_official_order(media: Path, tmp_path: Path) -> None:
+    """Red if ESC-10, whose targets have gaps, is refused, or its classes are put in another order."""
+    root = esc50(media, tmp_path)
+    (path,) = root.rglob("esc50.csv")
+    path.write_text(path.read_text().replace(",0,rooster", ",40,rooster").replace(",1,dog", ",10,dog"))
+    found = open_dataset("esc50", root)
+    assert found.classes == ["dog", "rooster"] and len(found.present) == 2
 
 
 def test_several_files_of_one_name(media: Path, tmp_path: Path) -> None:

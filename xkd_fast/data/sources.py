@@ -27,7 +27,7 @@ LIST_COLUMNS = ("path", "label", "start", "end")
 LABEL_SEPARATOR = "|"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a large data set has millions
 class Source:
     """A file, or a part of one, and its classes."""
 
@@ -69,7 +69,7 @@ def segment_name(path: str, start: float | None, end: float | None) -> str:
     """How reports call a part of a file: as in media fragments, ``path#t=START,END``."""
     if start is None and end is None:
         return path
-    return f"{path}#t={0 if start is None else start:g}" + ("" if end is None else f",{end:g}")
+    return f"{path}#t={0 if start is None else start:.15g}" + ("" if end is None else f",{end:.15g}")
 
 
 def find_sources(root: Path, suffixes: Collection[str] = VIDEO_SUFFIXES) -> SourceSet:

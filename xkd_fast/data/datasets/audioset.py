@@ -39,15 +39,8 @@ def _classes(path: Path) -> dict[str, str]:
     return names
 
 
-def part_stems(video: str, start: float, end: float) -> tuple[str, ...]:
-    """Names under which a part of a video is usually stored: its start, and perhaps end, in s or ms."""
-    s, e, ms, me = round(start), round(end), round(1000 * start), round(1000 * end)
-    tails = [f"{s}", f"{start:.3f}", f"{start:.1f}", f"{s:06d}", f"{s}_{e}", f"{start:.3f}_{end:.3f}", f"{s:06d}_{e:06d}"]
-    tails += [f"{ms}_{me}"] + ([f"{ms}"] if ms else [])
-    return tuple(dict.fromkeys(f"{video}_{tail}" for tail in tails))
-
-
 def _entries(path: Path, names: dict[str, str]) -> Iterator[Entry]:
+    shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # one tuple for all entries of the same classes
     for line, row in csv_rows(path, read_text(path, "an annotation file"), skip_spaces=True):
         if row[0].startswith("#"):
             continue
@@ -59,9 +52,8 @@ def _entries(path: Path, names: dict[str, str]) -> Iterator[Entry]:
         unknown = [identifier for identifier in identifiers if identifier not in names]
         if unknown:
             raise wrong(path, line, f"label {unknown[0]!r} is not in {LABELS}")
-        stems = part_stems(video, start, end)
         classes = tuple(dict.fromkeys(names[identifier] for identifier in identifiers))
-        yield Entry(stems[0], classes, stems, (video,), start, end, line=line, recording=video)
+        yield Entry(f"{video}_{start:g}", shared.setdefault(classes, classes), line, start=start, end=end, recording=video)
 
 
 def read(dataset: DataSet, request: Request) -> Listing:

@@ -35,19 +35,31 @@ class Request:
     annotations: Path | None  # folder of the annotation files; None = the usual places in and beside ``root``
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are 2 million of AudioSet's
 class Entry:
     """A line of a split: what it is called, which files may hold it, and its classes."""
 
     name: str  # for the report where no file is found
     classes: tuple[str, ...]
-    stems: tuple[str, ...]  # names, without ending, of a file that holds it and nothing else
-    whole: tuple[str, ...] = ()  # names of a file that holds more, of which start to end counts
-    start: float | None = None  # seconds
-    end: float | None = None
+    line: int
+    stem: str | None = None  # name, without ending, of its file; None = it is a part, start to end, of a recording
+    start: float = 0.0  # seconds, of a part
+    end: float = 0.0
     folder: str | None = None  # preferred where several files have the name
-    line: int = 0
     recording: str = ""  # what entries share that were cut from one recording; empty = not known
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """Names, without ending, that a file may have which holds it and nothing else."""
+        return (self.stem,) if self.stem is not None else part_stems(self.recording, self.start, self.end)
+
+
+def part_stems(recording: str, start: float, end: float) -> tuple[str, ...]:
+    """Names under which a part of a recording is usually stored: its start, and perhaps its end, in s or ms."""
+    s, e, ms, me = round(start), round(end), round(1000 * start), round(1000 * end)
+    tails = [f"{s}", f"{start:.3f}", f"{start:.1f}", f"{s:06d}", f"{s}_{e}", f"{start:.3f}_{end:.3f}", f"{s:06d}_{e:06d}"]
+    tails += [f"{ms}_{me}"] + ([f"{ms}"] if ms else [])
+    return tuple(dict.fromkeys(f"{recording}_{tail}" for tail in tails))
 
 
 @dataclass(frozen=True)
@@ -312,9 +324,11 @@ def assemble(dataset: DataSet, request: Request, listing: Listing) -> SourceSet:
 
 
 def _source(entry: Entry, media: MediaIndex) -> Source:
-    name, start, end = media.find(entry.stems, entry.folder), None, None
-    if name is None and entry.whole:
-        name, start, end = media.find(entry.whole, entry.folder), entry.start, entry.end
+    start: float | None = None
+    end: float | None = None
+    name = media.find(entry.stems, entry.folder)
+    if name is None and entry.stem is None:
+        name, start, end = media.find((entry.recording,), entry.folder), entry.start, entry.end
     if name is None:
         return Source(entry.name, str(media.root / entry.name), entry.classes, missing=True)
     path = media.root / name

@@ -32,7 +32,7 @@ def _entries(path: Path, classes: list[str], *, development: bool) -> Iterator[t
         split = row["split"] if development else "test"
         if development and split not in ("train", "val"):
             raise wrong(path, line, f"split {split!r} must be train or val")
-        yield split, Entry(row["fname"], labels, (row["fname"],), folder=folder, line=line)
+        yield split, Entry(row["fname"], labels, line, row["fname"], folder=folder)
 
 
 def read(dataset: DataSet, request: Request) -> Listing:

@@ -29,7 +29,7 @@ def read(dataset: DataSet, request: Request) -> Listing:
             if marks.setdefault(file, mark) != mark:
                 raise wrong(path, line, f"{file} has mark {mark}, further up it has {marks[file]}")
             stem = os.path.splitext(file)[0]
-            listed[SIDES[mark]].append(Entry(f"{name}/{file}", (name,), (stem,), folder=name, line=line))
+            listed[SIDES[mark]].append(Entry(f"{name}/{file}", (name,), line, stem, folder=name))
         for side, entries in listed.items():
             sides[side] += without_repeats(path, entries, warnings)
     other = "test" if request.split == "train" else "train"

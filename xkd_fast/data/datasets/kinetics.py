@@ -32,7 +32,7 @@ def _entries(path: Path, split: str) -> Iterator[Entry]:
             raise wrong(path, line, f"split {row['split']!r} in the file of {split}")
         name = f"{video}_{round(start):06d}_{round(end):06d}"
         classes = (row["label"],) if row.get("label") else ()
-        yield Entry(name, classes, (name,), line=line, recording=video)
+        yield Entry(name, classes, line, name, recording=video)
 
 
 def read(dataset: DataSet, request: Request) -> Listing:

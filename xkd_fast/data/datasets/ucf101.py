@@ -32,7 +32,7 @@ def _entries(path: Path, classes: list[str]) -> Iterator[Entry]:
         if number is not None and classes.index(folder) + 1 != int(number):
             raise wrong(path, line, f"class {folder} has number {number}, in {CLASSES} {classes.index(folder) + 1}")
         recording = re.sub(r"_c\d+$", "", stem) if re.search(r"_g\d+_c\d+$", stem) else ""
-        yield Entry(f"{folder}/{stem}.avi", (folder,), (stem,), folder=folder, line=line, recording=recording)
+        yield Entry(f"{folder}/{stem}.avi", (folder,), line, stem, folder=folder, recording=recording)
 
 
 def read(dataset: DataSet, request: Request) -> Listing:

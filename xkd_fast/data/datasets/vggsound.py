@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from xkd_fast.data.datasets.audioset import part_stems
 from xkd_fast.data.datasets.dataset import DataSet, Entry, Listing, Request, number_in, without_repeats, wrong, youtube_id
 from xkd_fast.data.sources import csv_rows, read_text
 
@@ -24,8 +23,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Entry]]:
         if not name:
             raise wrong(path, line, "the class is empty")
         own = f"{video}_{round(start):06d}"
-        stems = (own, *part_stems(video, start, start + SECONDS))
-        yield split, Entry(own, (name,), stems, (video,), start, start + SECONDS, line=line, recording=video)
+        yield split, Entry(own, (name,), line, start=start, end=start + SECONDS, recording=video)
 
 
 def read(dataset: DataSet, request: Request) -> Listing:
