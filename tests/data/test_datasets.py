@@ -430,6 +430,21 @@ def test_missing_files_are_counted_listed_and_warned_of(media: Path, tmp_path: P
         open_dataset("kinetics400", root)
 
 
+def test_kinetics_files_of_deepminds_release(media: Path, tmp_path: Path) -> None:
+    """Red if its names, its further column, or its test list without labels is refused, or a label is made up for the latter."""
+    root = kinetics(media, tmp_path)
+    (root / "annotations" / "train.csv").rename(root / "annotations" / "kinetics_400_train.csv")
+    (root / "annotations" / "val.csv").rename(root / "annotations" / "validate.csv")
+    replace(root, "validate.csv", K400_HEADER, K400_HEADER.strip() + ",is_cc\n")
+    replace(root, "validate.csv", "5,15,val", "5,15,validate,0")
+    (root / "annotations" / "test.csv").write_text("youtube_id,time_start,time_end,split\nEeeeeeeeeee,1,11,test\n")
+    shutil.copyfile(media / "film.mkv", root / "Eeeeeeeeeee_000001_000011.mkv")
+    assert len(members("kinetics400", root)) == 3
+    assert members("kinetics400", root, split="val") == {f"videos/{D}_000005_000015.mp4": ("air, drumming",)}
+    assert members("kinetics400", root, split="test") == {"Eeeeeeeeeee_000001_000011.mkv": ()}
+    assert open_dataset("kinetics400", root, split="test").classes == ORDERS["kinetics400"]
+
+
 def test_a_part_of_esc50_keeps_the_official_order(media: Path, tmp_path: Path) -> None:
     """Red if ESC-10, whose targets have gaps, is refused, or its classes are put in another order."""
     root = esc50(media, tmp_path)

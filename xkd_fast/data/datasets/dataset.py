@@ -114,19 +114,20 @@ class DataSet:
         bases = [request.root, Path(os.path.abspath(request.root)).parent]
         return [base / place for base in bases for place in ("", "annotations", *self.places)]
 
-    def find(self, request: Request, name: str) -> Path | None:
-        """An annotation file, if it is there."""
-        return next((folder / name for folder in self.folders(request) if (folder / name).is_file()), None)
+    def find(self, request: Request, *names: str) -> Path | None:
+        """An annotation file under one of its names, if it is there."""
+        places = (folder / name for folder in self.folders(request) for name in names)
+        return next((place for place in places if place.is_file()), None)
 
-    def require(self, request: Request, name: str) -> Path:
-        """An annotation file.
+    def require(self, request: Request, *names: str) -> Path:
+        """An annotation file under one of its names, the first being the usual one.
 
         Raises:
             UserError: naming the file, where it is published, and where it was looked for.
         """
-        found = self.find(request, name)
+        found = self.find(request, *names)
         if found is None:
-            raise self.lacks(request, name)
+            raise self.lacks(request, names[0])
         return found
 
     def lacks(self, request: Request, name: str) -> UserError:

@@ -20,6 +20,8 @@ from xkd_fast.data.datasets.dataset import (
 from xkd_fast.errors import UserError
 
 SPLITS = ("train", "val", "test")
+FILES = {split: (f"{split}.csv", f"kinetics_400_{split}.csv") for split in SPLITS}
+FILES["val"] += ("validate.csv",)  # DeepMind's name for it
 COLUMNS = ("youtube_id", "time_start", "time_end")
 SOUND_CLASSES = "kinetics_sound_classes.txt"
 
@@ -37,11 +39,11 @@ def _entries(path: Path, split: str) -> Iterator[Entry]:
 
 def read(dataset: DataSet, request: Request) -> Listing:
     """The entries of a split; classes are those of all split files that are there, sorted."""
-    path, warnings = dataset.require(request, f"{request.split}.csv"), list[str]()
+    path, warnings = dataset.require(request, *FILES[request.split]), list[str]()
     entries = without_repeats(path, _entries(path, request.split), warnings)
     elsewhere: list[Entry] = []
     for split in SPLITS:
-        other = dataset.find(request, f"{split}.csv")
+        other = dataset.find(request, *FILES[split])
         if split != request.split and other is not None:
             elsewhere += _entries(other, split)
     classes = sorted({name for entry in (*entries, *elsewhere) for name in entry.classes})
