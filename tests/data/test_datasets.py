@@ -431,7 +431,7 @@ def test_missing_files_are_counted_listed_and_warned_of(media: Path, tmp_path: P
 
 
 def test_kinetics_files_of_deepminds_release(media: Path, tmp_path: Path) -> None:
-    """Red if its names, its further column, or its test list without labels is refused, or a label is made up for the latter."""
+    """Red if its names, its further column or its test list without labels is refused, or a label is made up for the latter."""
     root = kinetics(media, tmp_path)
     (root / "annotations" / "train.csv").rename(root / "annotations" / "kinetics_400_train.csv")
     (root / "annotations" / "val.csv").rename(root / "annotations" / "validate.csv")
