@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from av.filter import Graph
-from av.video.reformatter import Colorspace, VideoReformatter
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from xkd_fast.data.source_file import Skip, open_source, video_stream
@@ -21,17 +21,10 @@ TIME_STAMP_ERROR = (1e-4, 1.1e-3)  # seconds; between them the unit of the file'
 LONGEST_STILL = 600.0  # seconds that one picture may stand; more comes from a damaged time stamp
 MAX_ASPECT = 16  # long side : short side
 
-# AVColorSpace → what swscale is told. It refuses the numbers that are not here: ICtCp, YCgCo and other rarities.
-_UNTAGGED = (0, 2, 3)  # RGB (said of YUV), unspecified, reserved
-_MATRICES = {
-    1: Colorspace.ITU709,
-    4: Colorspace.FCC,
-    5: Colorspace.ITU601,
-    6: Colorspace.ITU601,
-    7: Colorspace.SMPTE240M,
-    9: Colorspace.BT2020,
-    10: Colorspace.BT2020,  # constant luminance, for which there is no other conversion
-}
+# Number of a matrix in ITU-T H.273 → number by which swscale knows it; older PyAV has no name for the last. Others it refuses.
+BT709, FCC, BT601, SMPTE240M, BT2020 = 1, 4, 5, 7, 9
+MATRICES = {1: BT709, 4: FCC, 5: BT601, 6: BT601, 7: SMPTE240M, 9: BT2020, 10: BT2020}  # 10, constant luminance: nearly so
+UNTAGGED = (0, 2, 3)  # RGB (said of YUV), unspecified, reserved
 
 
 class VideoReader:
@@ -135,7 +128,7 @@ def target_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
 
 
-def colour_matrix(frame: Any) -> Colorspace | None:
+def colour_matrix(frame: Any) -> int | None:
     """How a frame's YUV becomes RGB: as the file says; without a word BT.709 for HD and BT.601 below, as players guess.
 
     HD are more than 576 lines or at least 1280 columns. Wide gamut and HDR (PQ, HLG) are not mapped to BT.709: the shards keep
@@ -147,11 +140,11 @@ def colour_matrix(frame: Any) -> Colorspace | None:
     if frame.format.is_rgb:
         return None
     tag = int(frame.colorspace)
-    if tag in _UNTAGGED:
-        return Colorspace.ITU709 if frame.height > 576 or frame.width >= 1280 else Colorspace.ITU601
-    if tag not in _MATRICES:
+    if tag in UNTAGGED:
+        return BT709 if frame.height > 576 or frame.width >= 1280 else BT601
+    if tag not in MATRICES:
         raise Skip("unreadable", f"colours by matrix {tag} of ITU-T H.273, which cannot be converted")
-    return _MATRICES[tag]
+    return MATRICES[tag]
 
 
 class _Scaler:
