@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from xkd_fast.data.read_audio import place_sound, read_audio
 from xkd_fast.data.read_video import SCALING, VideoReader
-from xkd_fast.data.source_file import Skip, Skipped, audio_stream, open_source, video_stream
+from xkd_fast.data.source_file import Skip, Skipped, audio_stream, open_source, promised_seconds, video_stream
 
 # Peaks of coding noise in what was digital silence before a lossy encoder.
 SILENCE = 3  # of 32768
@@ -70,7 +70,7 @@ def _convert(task: ConvertTask) -> Converted:
             raise Skip("no_video")
         if audio_stream(container) is None:
             raise Skip("no_audio")
-        promised = container.duration / av.time_base if container.duration else 0.0
+        promised = promised_seconds(container)
     reader = VideoReader(task.path, task.fps, task.short_side)
     pictures = list(reader)
     start, seconds = reader.start, reader.seconds

@@ -9,7 +9,7 @@ import numpy as np
 from av.filter import Graph
 from numpy.typing import NDArray
 
-from xkd_fast.data.source_file import Skip, audio_stream, open_source
+from xkd_fast.data.source_file import Skip, audio_stream, decoded, open_source
 
 AUDIO_GAP = 0.1  # seconds; a longer jump of the sound's time stamps is a pause or an overlap, a shorter one is jitter
 # FFmpeg's default of 32 taps lets a tone of 8.5 kHz through to 16 kHz at -26 dB; this lets 8.2 kHz through at -94 dB and takes
@@ -58,8 +58,7 @@ def _mono_pieces(path: str, sample_rate: int) -> Iterator[tuple[float, list[NDAr
     with open_source(path) as container:
         stream = audio_stream(container)
         assert stream is not None
-        stream.codec_context.thread_count = 1  # the workers are the parallelism
-        for frame in container.decode(stream):
+        for frame in decoded(container, stream):
             time = float(frame.time) if frame.time is not None else heard
             if form is not None and time < heard - AUDIO_GAP:
                 continue  # spliced recordings overlap; pictures that go back in time are left out as well
@@ -94,7 +93,7 @@ class _Resampler:
         source = self._graph.add_abuffer(
             sample_rate=frame.sample_rate, format=frame.format, layout=frame.layout, time_base=frame.time_base
         )
-        nodes = [source, self._graph.add("aformat", f"sample_fmts=fltp:sample_rates={sample_rate}")]
+        nodes = [source, self._graph.add("aformat", f"sample_fmts=flt:sample_rates={sample_rate}")]
         if frame.sample_rate != sample_rate:
             nodes.insert(1, self._graph.add("aresample", f"{sample_rate}:{RESAMPLING}"))
         nodes.append(self._graph.add("abuffersink"))
@@ -105,7 +104,8 @@ class _Resampler:
         self._graph.push(frame)
         while True:
             try:
-                block = self._graph.pull().to_ndarray()
+                # interleaved: of eight planes PyAV finds a ninth
+                block = self._graph.pull().to_ndarray().reshape(-1, len(self.weights)).T
             except (BlockingIOError, EOFError):
                 return
             yield np.nan_to_num(block, posinf=0.0, neginf=0.0)  # float files may hold what is no number

@@ -12,7 +12,7 @@ from av.filter import Graph
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from xkd_fast.data.source_file import Skip, open_source, video_stream
+from xkd_fast.data.source_file import Skip, decoded, open_source, video_stream
 
 # Area averaging, accurate rounding, full chroma: swscale's numbers, of which PyAV before 18 names only the first. Without the
 # last two it darkens a flat 255 to 253, and once more on the way to JPEG.
@@ -63,11 +63,10 @@ class VideoReader:
         with open_source(self._path) as container:
             stream = video_stream(container)
             assert stream is not None
-            stream.codec_context.thread_count = 1  # the workers are the parallelism
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             scaler = _Scaler(stream.sample_aspect_ratio or Fraction(1), self._short_side)
             slack = min(max(float(stream.time_base or 0), TIME_STAMP_ERROR[0]), TIME_STAMP_ERROR[1])
-            for frame in _progressive(container.decode(stream)):
+            for frame in _progressive(decoded(container, stream)):
                 time = float(frame.time) if frame.time is not None else end
                 if held is None:
                     self.start = time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,6 +49,37 @@ def video_stream(container: Any) -> Any | None:
 def audio_stream(container: Any) -> Any | None:
     """The stream of sound that a player would play: the first one marked as default, or the first."""
     return _preferred(list(container.streams.audio))
+
+
+def decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """The frames of a stream, without a last one within which the file ends.
+
+    Raises:
+        av.error.FFmpegError: one in the middle cannot be decoded.
+    """
+    stream.codec_context.thread_count = 1  # the workers are the parallelism
+    try:
+        yield from container.decode(stream)
+    except av.error.InvalidDataError:
+        if _holds_more(container, stream):
+            raise
+
+
+def _holds_more(container: Any, stream: Any) -> bool:
+    try:
+        return any(packet.size for packet in container.demux(stream))
+    except av.error.FFmpegError:
+        return False
+
+
+def promised_seconds(container: Any) -> float:
+    """What a file says of its length; 0 if nothing."""
+    promised = container.duration / av.time_base if container.duration else 0.0
+    stream = video_stream(container)
+    if container.format.name == "avi" and stream is not None and stream.average_rate:
+        # FFmpeg itself goes by the size of what is left of the file
+        promised = max(promised, float(stream.frames / stream.average_rate))
+    return promised
 
 
 def _preferred(streams: list[Any]) -> Any | None:
