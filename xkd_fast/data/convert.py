@@ -72,7 +72,7 @@ def _convert(task: ConvertTask) -> Converted:
             raise Skip("no_audio")
         promised = promised_seconds(container)
     reader = VideoReader(task.path, task.fps, task.short_side)
-    pictures = list(reader)
+    pictures = [picture for picture, frames in reader for _ in range(frames)]
     start, seconds = reader.start, reader.seconds
     if seconds < task.min_seconds:
         raise Skip("too_short", f"{seconds:.2f} s of picture, at least {task.min_seconds:g} s are asked for")

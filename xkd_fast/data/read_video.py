@@ -28,10 +28,7 @@ UNTAGGED = (0, 2, 3)  # RGB (said of YUV), unspecified, reserved
 
 
 class VideoReader:
-    """Frames of a source, one after the other, each showing what is to be seen at its instant.
-
-    Iterate once. Frame k [H, W, 3], uint8, is the picture shown ``k / fps`` seconds after the first one.
-    """
+    """Frames of a source, each showing what is to be seen at its instant: frame k that of ``k / fps`` s after the first one."""
 
     def __init__(self, path: str, fps: float, short_side: int) -> None:
         """``short_side`` in pixels."""
@@ -39,8 +36,8 @@ class VideoReader:
         self.start = 0.0  # when the first frame is shown by the file's clock, seconds
         self.seconds = 0.0  # how long the pictures last; known once the last frame was taken
 
-    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
-        """Yield the frames.
+    def __iter__(self) -> Iterator[tuple[NDArray[np.uint8], int]]:
+        """Yield pictures [H, W, 3] uint8, and how many frames each of them is; once.
 
         Raises:
             Skip: the pictures cannot be used.
@@ -50,15 +47,13 @@ class VideoReader:
         end = step = 0.0
         held: Any = None
 
-        def still(until: int) -> Iterator[NDArray[np.uint8]]:
+        def still(until: int) -> Iterator[tuple[NDArray[np.uint8], int]]:
             nonlocal shown
             if until - shown > LONGEST_STILL * self._fps:
                 raise Skip("unreadable", f"by its time stamps one picture stands for {(until - shown) / self._fps:.0f} s")
             if until > shown:
-                picture = scaler(held)
-                while shown < until:
-                    yield picture
-                    shown += 1
+                yield scaler(held), until - shown
+                shown = until
 
         with open_source(self._path) as container:
             stream = video_stream(container)
