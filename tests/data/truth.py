@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import av
 import numpy as np
+from av.filter import Graph
 from numpy.typing import NDArray
 
 KR_KB = {"601": (0.299, 0.114), "709": (0.2126, 0.0722), "2020": (0.2627, 0.0593)}
@@ -44,7 +46,7 @@ def psnr(found: NDArray[Any], true: NDArray[Any]) -> float:
 
 
 def yuv_frame(picture: NDArray[Any], pix_fmt: str, matrix: str, limits: str) -> Any:
-    """RGB [H, W, 3], 0-255, as a frame in 4:2:0 (chroma between rows, on the left columns) or 4:4:4, of 8 or 10 bits, untagged."""
+    """RGB [H, W, 3], 0-255, as a frame without tags: 4:4:4 or 4:2:0 (chroma between rows, on left columns), 8 or 10 bits."""
     kr, kb = KR_KB[matrix]
     red, green, blue = np.moveaxis(picture.astype(float) / 255, -1, 0)
     luma = kr * red + (1 - kr - kb) * green + kb * blue
@@ -70,3 +72,20 @@ def _left_sited(plane: NDArray[np.float64]) -> NDArray[np.float64]:
     rows = (plane[0::2] + plane[1::2]) / 2
     left = np.concatenate([rows[:, :1], rows[:, 1:-1:2]], 1)
     return (left + 2 * rows[:, 0::2] + rows[:, 1::2]) / 4
+
+
+def woven(upper: Any, lower: Any, first: str) -> Any:
+    """Two fields as one frame, marked as interlaced: lines of ``upper`` on even rows, of ``lower`` between."""
+    frame = av.VideoFrame(upper.width, 2 * upper.height, upper.format.name)
+    for plane, even, odd in zip(frame.planes, upper.planes, lower.planes):
+        lines = np.stack([np.frombuffer(bytes(field), np.uint8).reshape(field.height, -1) for field in (even, odd)], 1)
+        lines = lines.reshape(plane.height, -1)
+        padded = np.zeros((plane.height, plane.line_size), np.uint8)
+        padded[:, : plane.width] = lines[:, : plane.width]
+        plane.update(padded.tobytes())
+    graph = Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25))
+    mark = graph.add("setfield", {"upper": "tff", "lower": "bff"}[first])
+    graph.link_nodes(source, mark, graph.add("buffersink")).configure()
+    graph.vpush(frame)
+    return graph.vpull()

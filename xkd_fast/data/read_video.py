@@ -61,7 +61,7 @@ class VideoReader:
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             scaler = _Scaler(stream.sample_aspect_ratio or Fraction(1), self._short_side)
             slack = min(max(float(stream.time_base or 0), TIME_STAMP_ERROR[0]), TIME_STAMP_ERROR[1])
-            for frame in _progressive(decoded(container, stream)):
+            for frame in _progressive(_presented(container, stream)):
                 time = float(frame.time) if frame.time is not None else end
                 if held is None:
                     self.start = time
@@ -76,6 +76,21 @@ class VideoReader:
                 raise Skip("unreadable", "not one frame could be decoded")
             self.seconds = end - self.start
             yield from still(max(shown, 1, round(self.seconds * self._fps)))
+
+
+def _presented(container: Any, stream: Any) -> Iterator[Any]:
+    """The frames of a stream with the time stamps by which they are shown.
+
+    AVI has none. FFmpeg then takes those of the packets, which lie in another order where pictures are coded between others. The
+    packets' own order tells the instants, less what the decoder held back before its first picture.
+    """
+    first, held_back = stream.start_time or 0, None
+    for frame in decoded(container, stream):
+        if container.format.name == "avi":
+            if held_back is None:
+                held_back = (frame.dts or 0) - first if stream.codec_context.has_b_frames else 0
+            frame.pts = None if frame.dts is None else frame.dts - held_back
+        yield frame
 
 
 def _progressive(frames: Iterable[Any]) -> Iterator[Any]:
