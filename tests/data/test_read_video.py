@@ -97,7 +97,7 @@ def test_shards_hold_these_frames(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("container", "codec"), [("avi", "mpeg4"), ("avi", "libx264"), ("mkv", "mpeg4"), ("mp4", "libx264")])
 def test_reordered_pictures_come_in_their_order(tmp_path: Path, container: str, codec: str) -> None:
-    """Red if pictures come in the order in which they are stored: AVI has no time stamps, and these are coded with others between."""
+    """Red if pictures come in the order in which they are stored: AVI has no time stamps, and some lie behind later ones."""
 
     def setup(stream: Any) -> None:
         stream.codec_context.max_b_frames = 2
@@ -159,7 +159,7 @@ def test_tagged_colours_are_kept(tmp_path: Path, matrix: str, limits: str, pix_f
 @pytest.mark.parametrize(("height", "matrix"), [(64, "601"), (576, "601"), (640, "709"), (768, "709")])
 @pytest.mark.parametrize("tag", [2, 3])
 def test_untagged_colours_are_guessed_as_players_do(tmp_path: Path, height: int, matrix: str, tag: int) -> None:
-    """Red if HD without tags (2; 3 is a number without meaning) is not taken for BT.709, or SD not for BT.601 of limited range."""
+    """Red if HD without tags (2; 3 means nothing) is not taken for BT.709, or SD not for BT.601, of limited range."""
     path = patch_video(tmp_path / "video.mp4", height, matrix, "limited", "yuv420p", (tag, 0))
     np.testing.assert_allclose(patches(read(path)[0]), COLOURS, atol=1.6)
 

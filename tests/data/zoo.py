@@ -24,7 +24,7 @@ from tests.data.media import Sound, noise, numbered, write_video
 H264 = ("libx264", "aac")
 SECOND = [numbered(k) for k in range(25)]  # 25 pictures, 48 lines of 64
 VARIABLE = [int(time) / 1000 for time in np.cumsum(np.random.default_rng(3).integers(17, 250, 22))]  # seconds
-SECONDS_PER_FILE = 8.0  # more than any file of the zoo takes, but for the one that is made to take too long
+SECONDS_PER_FILE = 6.0  # more than any file of the zoo takes, but for the one that is made to take too long
 
 
 @dataclass(frozen=True)

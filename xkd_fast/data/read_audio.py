@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,13 @@ AUDIO_GAP = 0.1  # seconds; a longer jump of the sound's time stamps is a pause 
 # FFmpeg's default of 32 taps lets a tone of 8.5 kHz through to 16 kHz at -26 dB; this lets 8.2 kHz through at -94 dB and takes
 # 0.1 dB from 7.5 kHz. One second of sound costs 2-4 ms instead of 1.2.
 RESAMPLING = "filter_size=128:cutoff=0.97"
-# ITU-R BS.775's down-mix to mono, 3 dB lower: then what both loudspeakers play alike keeps its level. The rest are surrounds.
-FRONT = dict.fromkeys(("FL", "FR", "FLC", "FRC", "DL", "DR", "BC", "TC"), 0.5) | {"FC": 0.5**0.5, "LFE": 0.0, "LFE2": 0.0}
+# ITU-R BS.775's down-mix to mono, 3 dB lower: then what both loudspeakers play alike keeps its level. The deep effects of films
+# are left out, as there. Names that are not here are surrounds.
+WEIGHTS = dict.fromkeys(("FL", "FR", "FLC", "FRC", "DL", "DR", "BC", "TC"), 0.5) | {"FC": 0.5**0.5, "LFE": 0.0, "LFE2": 0.0}
+WEIGHTS |= {"AMBI0": 1.0} | {f"AMBI{k}": 0.0 for k in range(1, 64)}  # ambisonics: the middle, and differences between sides
 SURROUND = 0.5**1.5
-UNNAMED = "NONE"
+UNNAMED = "NONE"  # some PCM does not say where its channels stand; then as players guess
+USUAL = {6: ("FL", "FR", "FC", "LFE", "BL", "BR"), 8: ("FL", "FR", "FC", "LFE", "BL", "BR", "SL", "SR")}
 LARGEST_PEAK = 4.0  # of full scale: a down-mix of eight channels alike reaches 3.1; louder samples come from damage
 CANCELLED = 1e-3  # of the channels' power: sound below it has cancelled itself in the down-mix
 
@@ -115,9 +118,11 @@ class _Resampler:
         return self.resample(None)
 
 
-def mono_weights(channels: list[str]) -> NDArray[np.float32]:
-    """What each channel adds to mono; the mean where a file does not say where they stand, or has a single one."""
-    weights = np.array([FRONT.get(name, SURROUND) for name in channels], np.float32)
+def mono_weights(channels: Sequence[str]) -> NDArray[np.float32]:
+    """What each channel, by FFmpeg's names, adds to mono; the mean of a single one, or of those of which nothing is known."""
+    if UNNAMED in channels:
+        channels = USUAL.get(len(channels), channels)
+    weights = np.array([WEIGHTS.get(name, SURROUND) for name in channels], np.float32)
     if len(channels) == 1 or UNNAMED in channels or not weights.any():
         weights[:] = 1 / len(channels)
     return weights

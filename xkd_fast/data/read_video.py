@@ -81,8 +81,8 @@ class VideoReader:
 def _presented(container: Any, stream: Any) -> Iterator[Any]:
     """The frames of a stream with the time stamps by which they are shown.
 
-    AVI has none. FFmpeg then takes those of the packets, which lie in another order where pictures are coded between others. The
-    packets' own order tells the instants, less what the decoder held back before its first picture.
+    AVI has none. FFmpeg then takes the numbers of the packets, whose order is another where pictures are coded between others.
+    When a picture came out tells its instant, less what the decoder held back before the first one.
     """
     first, held_back = stream.start_time or 0, None
     for frame in decoded(container, stream):
