@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.data.media import bursts, noise, numbered, write_video
+from tests.data.media import Sound, bursts, noise, numbered, write_video
 from tests.evaluate.tiny_run import tiny_config, trained_model, write_checkpoint
 from xkd_fast.data.pipeline import ViewPipeline, clips
 from xkd_fast.data.prepare import PrepareOptions, PrepareReport, prepare
@@ -183,3 +183,13 @@ def test_several_classes_are_no_svms(world: SimpleNamespace, tmp_path: Path) -> 
     prepare(read_list(tmp_path / "list.csv"), tmp_path / "shards", options, console=Console(file=io.StringIO()))
     with pytest.raises(UserError, match=r"1 of 2 samples in .* have several classes, and an SVM tells one from another"):
         evaluate_svm(SvmOptions(world.checkpoint, tmp_path / "shards"))
+
+
+def test_a_sound_that_cancels_itself_is_none(tmp_path: Path) -> None:
+    """Red if a video whose channels are of opposite sign is skipped although mute ones are kept."""
+    (tmp_path / "videos").mkdir()
+    sound = noise(1.6)
+    film(tmp_path / "videos" / "a.mkv", 10, sounds=[Sound(np.stack([sound, -sound]), layout="stereo")])
+    assert run(tmp_path / "videos", tmp_path / "kept", missing_audio="keep-as-video-only").without_audio == 1
+    with pytest.raises(UserError, match="none of 1 videos could be used: 1 silent_audio"):
+        run(tmp_path / "videos", tmp_path / "skipped")

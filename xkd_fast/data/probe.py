@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import av
-from av.stream import Disposition
+import numpy as np
+
+from xkd_fast.data.convert import SILENCE
+from xkd_fast.data.read_audio import mono_weights
+from xkd_fast.data.source_file import audio_stream, decoded, open_source, promised_seconds, video_stream
 
 Sound = Literal["heard", "silent", "none"]
 
@@ -32,14 +36,14 @@ class Probe:
 
 
 def probe(path: str) -> Probe:
-    """Open a file, decode its first picture, and its sound up to the first sample that is not zero.
+    """Open a file, decode its first picture, and its sound up to the first sample that is heard.
 
     What shows only further in, such as a file that was cut short, is found by converting it alone.
     """
     if not os.path.isfile(path):
         return Probe("no regular file, or a link that leads nowhere")
     try:
-        return _probe(os.path.abspath(path))
+        return _probe(path)
     except (av.error.FFmpegError, OSError) as error:
         return Probe(f"{type(error).__name__}: {error.strerror}")
     except (ValueError, EOFError) as error:
@@ -47,41 +51,40 @@ def probe(path: str) -> Probe:
 
 
 def _probe(path: str) -> Probe:
-    with av.open(path, metadata_errors="replace") as container:
-        pictures = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-        found: dict[str, Any] = {"container": container.format.name.split(",")[0]}
-        if container.duration:
-            found["seconds"] = container.duration / av.time_base
-        if pictures:
-            stream = pictures[0]
-            stream.codec_context.thread_count = 1
-            frame = next(iter(container.decode(stream)), None)
+    with open_source(path) as container:
+        picture, sound = video_stream(container), audio_stream(container)
+        found: dict[str, Any] = {
+            "container": container.format.name.split(",")[0],
+            "seconds": promised_seconds(container) or None,
+        }
+        if picture is not None:
+            frame = next(decoded(container, picture), None)
             if frame is None:
                 return Probe("not one frame could be decoded")
-            rate = stream.average_rate or stream.guessed_rate
-            found |= {"video": stream.codec_context.name, "width": frame.width, "height": frame.height}
+            rate = picture.average_rate or picture.guessed_rate
+            found |= {"video": picture.codec_context.name, "width": frame.width, "height": frame.height}
             found |= {"fps": float(rate) if rate else None, "pixels": frame.format.name}
-        if not container.streams.audio and not pictures:
+        elif sound is None:
             return Probe("neither picture nor sound")
-    return Probe(**found, **_sound_of(path))
+    return Probe(**found, **({} if sound is None else _sound_of(path)))
 
 
 def _sound_of(path: str) -> dict[str, Any]:
-    """Codec, form, and whether anything is heard, by the same 16-bit mono samples as a shard would hold."""
-    with av.open(path, metadata_errors="replace") as container:
-        if not container.streams.audio:
-            return {}
-        stream = container.streams.audio[0]
-        stream.codec_context.thread_count = 1
+    """Codec, form, and whether anything is heard, by the measure of what a shard would hold."""
+    with open_source(path) as container:
+        stream = audio_stream(container)
+        assert stream is not None
         found = {"audio": stream.codec_context.name, "sample_rate": stream.rate or 0, "channels": stream.channels or 0}
         form: Any = None
-        resampler: Any = None
-        for frame in container.decode(stream):
+        for frame in decoded(container, stream):
             if form != (frame.format.name, frame.layout.name, frame.sample_rate):  # it may change in mid-stream
                 form = (frame.format.name, frame.layout.name, frame.sample_rate)
-                resampler = av.AudioResampler(format="s16", layout="mono", rate=frame.sample_rate)
-            if any(block.to_ndarray().any() for block in resampler.resample(frame)):
-                return found | {"sound": "heard"}
+                weights = mono_weights([channel.name for channel in frame.layout.channels])
+                resampler = av.AudioResampler(format="flt", layout=frame.layout, rate=frame.sample_rate)
+            for block in resampler.resample(frame):
+                mono = weights @ block.to_ndarray().reshape(-1, len(weights)).T
+                if (np.abs(mono) * 32768 > SILENCE).any():
+                    return found | {"sound": "heard"}
         return found | {"sound": "none" if form is None else "silent"}
 
 

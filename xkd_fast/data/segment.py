@@ -11,7 +11,8 @@ import av
 
 WARM_UP = 1.0  # seconds of sound decoded before the part: codecs with overlapping blocks or a bit reservoir start wrong
 STEPS_BACK = (0.0, 2.0, 10.0, 60.0)  # seconds before the part that are tried, where a search lands behind it
-UNINDEXED = frozenset(("aac", "ac3", "dts", "eac3", "mp3"))  # containers whose time stamps after a search are a guess
+# Containers that are read from their beginning: time stamps after a search are a guess, or (AVI) count from the first picture.
+UNINDEXED = frozenset(("aac", "ac3", "avi", "dts", "eac3", "mp3"))
 
 
 def segment_bounds(container: Any, start: float | None, end: float | None) -> tuple[float, float]:

@@ -20,8 +20,8 @@ from xkd_fast.data.datasets.dataset import (
 from xkd_fast.errors import UserError
 
 SPLITS = ("train", "val", "test")
-FILES = {split: (f"{split}.csv", f"kinetics_400_{split}.csv") for split in SPLITS}
-FILES["val"] += ("validate.csv",)  # DeepMind's name for it
+FILES = {split: [f"{split}.csv", f"kinetics_400_{split}.csv"] for split in SPLITS}
+FILES["val"] += ["validate.csv"]  # DeepMind's name for it
 COLUMNS = ("youtube_id", "time_start", "time_end")
 SOUND_CLASSES = "kinetics_sound_classes.txt"
 
