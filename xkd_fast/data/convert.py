@@ -5,7 +5,6 @@ Runs in a worker process (`xkd_fast.data.workers`), because a damaged file may h
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from dataclasses import dataclass
@@ -15,15 +14,15 @@ from typing import Any, Literal
 import av
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
+
+from xkd_fast.data.encode import SCALING, VideoEncoder, encode_flac
 
 Reason = Literal[
     "unreadable", "no_video", "no_audio", "silent_audio", "too_short", "too_narrow", "truncated", "timed_out", "crashed"
 ]
 
-# Without the two flags swscale darkens a flat 255 to 253, and once more on the way to JPEG.
-SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 TIME_STAMP_ERROR = (1e-4, 1.1e-3)  # seconds; between them the unit of the file's time stamps, a millisecond in Matroska
 LONGEST_STILL = 600.0  # seconds that one picture may stand; more comes from a damaged time stamp
 AUDIO_GAP = 0.1  # seconds; a longer jump of the sound's time stamps is a pause or an overlap, a shorter one is jitter
@@ -43,12 +42,12 @@ class ConvertTask:
     """A source and what is to become of it."""
 
     path: str
-    codec: Literal["mjpeg", "h264"]
+    codec: str  # a name of `xkd_fast.data.video_codecs.CODECS`
     fps: float
     short_side: int  # pixels
     sample_rate: int
     min_seconds: float
-    quality: int
+    quality: int  # of the encoder, on the codec's scale
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def _convert(task: ConvertTask) -> Converted:
         if not container.streams.audio:
             raise _Skip("no_audio")
         promised = container.duration / av.time_base if container.duration else 0.0
-    pictures, start, seconds = _read_frames(task)
+    film, start, seconds = _read_frames(task)
     if seconds < task.min_seconds:
         raise _Skip("too_short", f"{seconds:.2f} s of picture, at least {task.min_seconds:g} s are asked for")
     pieces = _read_audio(task)
@@ -104,13 +103,12 @@ def _convert(task: ConvertTask) -> Converted:
     read = max(seconds + start, audio_end) - min(start, audio_start, 0.0)  # Matroska promises an end, not a length
     if read < 0.9 * promised - 0.5:
         raise _Skip("truncated", f"{read:.2f} s could be read of the {promised:.2f} s that the file promises")
-    samples = round(len(pictures) / task.fps * task.sample_rate)
+    samples = round(film.frames / task.fps * task.sample_rate)
     waveform = place_sound([(round((time - start) * task.sample_rate), sound) for time, sound in pieces], samples)
     if not waveform.any():
         raise _Skip("silent_audio", "every sample under the picture is zero")
-    height, width, _ = pictures[0].shape
-    video, audio = encode_video(pictures, task.codec, task.fps, task.quality), encode_flac(waveform, task.sample_rate)
-    return Converted(video, audio, len(pictures), samples, height, width, round(audio_start - start, 6))
+    video, audio = film.finish(), encode_flac(waveform, task.sample_rate)
+    return Converted(video, audio, film.frames, samples, film.height, film.width, round(audio_start - start, 6))
 
 
 def _open(task: ConvertTask) -> Any:
@@ -129,9 +127,9 @@ def target_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
 
 
-def _read_frames(task: ConvertTask) -> tuple[list[NDArray[np.uint8]], float, float]:
-    """Frames [H, W, 3] uint8 at the constant rate; when the first is shown, and how long all are, seconds."""
-    pictures: list[NDArray[np.uint8]] = []
+def _read_frames(task: ConvertTask) -> tuple[VideoEncoder, float, float]:
+    """An encoder with all frames at the constant rate; when the first is shown, and how long all are, seconds."""
+    film: VideoEncoder | None = None
     shown = 0
     start = end = 0.0
     held: Any = None
@@ -145,11 +143,13 @@ def _read_frames(task: ConvertTask) -> tuple[list[NDArray[np.uint8]], float, flo
         slack = min(max(float(stream.time_base or 0), TIME_STAMP_ERROR[0]), TIME_STAMP_ERROR[1])
 
         def show(until: int) -> None:
-            nonlocal shown
+            nonlocal shown, film
             if until - shown > LONGEST_STILL * task.fps:
                 raise _Skip("unreadable", f"by its time stamps one picture stands for {(until - shown) / task.fps:.0f} s")
             if until > shown:
-                pictures.extend([scaler(held)] * (until - shown))
+                picture = scaler(held)
+                film = film or VideoEncoder(task.codec, task.fps, task.quality, picture.shape[1], picture.shape[0])
+                film.add(picture, until - shown)
                 shown = until
 
         for frame in container.decode(stream):
@@ -166,7 +166,8 @@ def _read_frames(task: ConvertTask) -> tuple[list[NDArray[np.uint8]], float, flo
         if held is None:
             raise _Skip("unreadable", "not one frame could be decoded")
         show(max(shown, 1, round((end - start) * task.fps)))
-    return pictures, start, end - start
+    assert film is not None
+    return film, start, end - start
 
 
 class _Scaler:
@@ -241,43 +242,3 @@ def place_sound(pieces: list[tuple[int, NDArray[np.int16]]], samples: int) -> ND
         count = max(0, min(samples - first, sound.size - source))
         placed[first : first + count] = sound[source : source + count]
     return placed
-
-
-def encode_video(pictures: list[NDArray[np.uint8]], codec: str, fps: float, quality: int) -> bytes:
-    """Frames [H, W, 3] uint8 as a video file in memory: MJPEG in AVI, or H.264 in MP4 with a key frame a second."""
-    height, width, _ = pictures[0].shape
-    buffer = io.BytesIO()
-    rate = Fraction(fps).limit_denominator(1000)
-    reformatter = VideoReformatter()
-    with av.open(buffer, "w", format="avi" if codec == "mjpeg" else "mp4") as container:
-        stream: Any
-        if codec == "mjpeg":
-            stream = container.add_stream("mjpeg", rate=rate)
-            stream.pix_fmt = "yuvj420p"
-            stream.codec_context.qmin = stream.codec_context.qmax = quality
-        else:
-            stream = container.add_stream("libx264", rate=rate, options={"preset": "medium", "crf": str(quality)})
-            stream.pix_fmt = "yuv420p"
-            stream.codec_context.gop_size = max(1, round(fps))
-        stream.width, stream.height = width, height
-        # With more threads the JPEGs get restart markers and are a tenth larger, so the bytes would depend on the machine.
-        stream.codec_context.thread_count = 1
-        for number, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame = reformatter.reformat(frame, format=stream.pix_fmt, interpolation=SCALING, threads=1)
-            frame.pts, frame.time_base = number, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
-
-
-def encode_flac(waveform: NDArray[np.int16], sample_rate: int) -> bytes:
-    """Mono int16 sound as a FLAC file in memory."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="flac") as container:
-        stream: Any = container.add_stream("flac", rate=sample_rate, layout="mono")
-        frame = av.AudioFrame.from_ndarray(waveform[None], format="s16", layout="mono")
-        frame.sample_rate, frame.pts = sample_rate, 0
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()

@@ -207,7 +207,7 @@ class ViewPipeline:
         self._told = 0  # how many of them `damage` has given out
         self.pinned = pinned
         self._maker = ViewMaker(self.shape, augment, mel)
-        self._decoder = ClipDecoder(micro_batch, data.threads)
+        self._decoder = ClipDecoder(micro_batch, data.threads, shards.codec)
         self._pool = single_threaded_pool(data.threads)
         self._prefetcher: Prefetcher[tuple[Views, MaskNoise]] | None = None
 
@@ -419,7 +419,7 @@ class _PlainClips:
         self.shards, self.shape, self.data = shards, shape, data
         self.per_sample, self.batch_size, self.random, self.seed = per_sample, batch_size, random, seed
         self.maker = ViewMaker(shape, AugmentOptions(short_side_first=True), mel)
-        self.decoder = ClipDecoder(batch_size, data.threads)
+        self.decoder = ClipDecoder(batch_size, data.threads, shards.codec)
 
     def batches(self, samples: Sequence[int]) -> Iterator[ClipBatch]:
         with single_threaded_pool(self.data.threads) as pool:

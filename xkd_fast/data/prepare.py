@@ -16,7 +16,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from xkd_fast.data.convert import Converted, ConvertTask, Skipped
 from xkd_fast.data.shards import FORMAT, MANIFEST, NewSample, ShardWriter, index_path, read_json
+from xkd_fast.data.video_codecs import AUTO, AUTO_REASON, CODECS, encoder_quality, quality_scales
 from xkd_fast.data.workers import PAUSE, Outcome, require_workers, run_tasks
 from xkd_fast.errors import UserError
 from xkd_fast.files import InUse, aside, sole_use, write_aside
@@ -48,19 +49,24 @@ class PrepareOptions:
 
     __pydantic_config__ = FORBID_EXTRA
 
-    codec: Literal["mjpeg", "h264"] = option("mjpeg", "video codec of the shards: mjpeg decodes anywhere, h264 on GPUs only")
+    codec: Literal["auto", "mjpeg", "h264", "vp9", "mosaic", "yuv"] = option(
+        "auto",
+        "video codec of the shards, all but h264 for CPUs too; auto = as the folder was begun, else one is chosen and named",
+    )
     fps: float = option(8.0, "frames per second of the shards, constant")
     short_side: int = option(128, "shorter side of the frames, pixels, even; the aspect is kept")
     sample_rate: int = option(16000, "audio samples per second of the shards, mono")
     min_seconds: float = option(0.25, "videos shorter than this are skipped, seconds; 0 = none")
-    quality: int | None = option(None, "encoder quality, lower is better: mjpeg 2-31 (default 4), h264 0-51 (default 23)")
+    quality: int | None = option(None, f"encoder quality, lower is better: {quality_scales()}; only with a codec by name")
     samples_per_shard: int = option(512, "sources per shard, before skipping")
     seed: int = option(0, "seed of the order of samples over shards")
     workers: int = option(0, "processes that convert; 0 = one per core")
     seconds_per_file: float = option(300.0, "time limit of one source, seconds; then it is skipped as timed_out")
 
     def __post_init__(self) -> None:
-        require(self.codec in ("mjpeg", "h264"), f"codec = {self.codec!r} must be mjpeg or h264")
+        require(
+            self.codec == "auto" or self.codec in CODECS, f"codec = {self.codec!r} must be one of auto, {', '.join(CODECS)}"
+        )
         require(0.1 <= self.fps <= 240, f"fps = {self.fps} must lie in 0.1-240")
         require(
             16 <= self.short_side <= 4096 and self.short_side % 2 == 0,
@@ -68,8 +74,11 @@ class PrepareOptions:
         )
         require(8000 <= self.sample_rate <= 96000, f"sample_rate = {self.sample_rate} must lie in 8000-96000 Hz")
         require(0 <= self.min_seconds <= 86400, f"min_seconds = {self.min_seconds} must lie in 0-86400")
-        low, high = (2, 31) if self.codec == "mjpeg" else (0, 51)
-        require(low <= self.encoder_quality <= high, f"quality = {self.quality} must lie in {low}-{high} for {self.codec}")
+        if self.codec == "auto":
+            problem = f"quality = {self.quality} needs a codec by name, since each has its own scale: {quality_scales()}"
+            require(self.quality is None, problem)
+        else:
+            encoder_quality(self.codec, self.quality)
         require(self.samples_per_shard >= 1, f"samples_per_shard = {self.samples_per_shard} must be 1 or more")
         require(0 <= self.seed < 2**63, f"seed = {self.seed} must lie in 0-{2**63 - 1}")
         require(self.workers >= 0, f"workers = {self.workers} must be 0 or more")
@@ -77,11 +86,11 @@ class PrepareOptions:
 
     @property
     def encoder_quality(self) -> int:
-        """The quality given, or the codec's default."""
-        return self.quality if self.quality is not None else {"mjpeg": 4, "h264": 23}[self.codec]
+        """The quality given, or the codec's default; the codec has been chosen."""
+        return encoder_quality(self.codec, self.quality)
 
     def content(self) -> dict[str, Any]:
-        """The options that shape the shards: not how, or how fast, they are made."""
+        """The options that shape the shards: not how, or how fast, they are made. The codec has been chosen."""
         content = asdict(self) | {"quality": self.encoder_quality}
         return {name: content[name] for name in content if name not in ("workers", "seconds_per_file")}
 
@@ -211,6 +220,24 @@ def check_plan(destination: Path, plan: dict[str, Any]) -> None:
     write_aside(path, json.dumps(plan, indent=2).encode())
 
 
+def choose_codec(options: PrepareOptions, destination: Path) -> tuple[PrepareOptions, str]:
+    """Options with a codec in the place of ``auto``, and why this one; as they are, without a word, where one is named."""
+    if options.codec != "auto":
+        return options, ""
+    if begun := _begun_with(destination):
+        return replace(options, codec=begun), f"codec auto: {begun}, which {destination} was begun with"
+    return replace(options, codec=AUTO), f"codec auto: {AUTO}, {AUTO_REASON}"
+
+
+def _begun_with(destination: Path) -> Any:
+    """The codec of the plan in a folder; None where there is none, or none that makes sense."""
+    try:
+        codec = json.loads((destination / PLAN).read_text(encoding="utf-8"))["options"]["codec"]
+        return codec if codec in CODECS else None
+    except (OSError, ValueError, KeyError, TypeError):  # what is damaged, `check_plan` refuses
+        return None
+
+
 def _is_replaceable(destination: Path) -> bool:
     """Whether a folder says that a later prepare may replace what it holds; what users prepared by themselves never does."""
     try:
@@ -267,10 +294,13 @@ def prepare(
         raise UserError(f"{destination} cannot be made a folder ({error.strerror}); name another one for the shards") from error
     try:
         with sole_use(destination):
+            options, reason = choose_codec(options, destination)
             plan = plan_of(sources, options) | ({REPLACEABLE: True} if replace else {})
             if replace and _is_replaceable(destination) and not _continues(destination, plan):
                 _remove_shards(destination)
             check_plan(destination, plan)
+            if reason:
+                console.print(escape(reason), soft_wrap=True, highlight=False)
             return _prepare(root, destination, sources, options, workers, console)
     except InUse as error:
         raise UserError(f"another prepare is writing to {destination}; wait for it, or stop it") from error
