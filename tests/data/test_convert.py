@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.data.media import burst_times, bursts, noise, number_of, numbered, write_video
+from tests.data.media import PEAK, burst_times, bursts, noise, number_of, numbered, write_video
 from xkd_fast.data.convert import Converted, ConvertTask, Skipped, convert, place_sound, target_size
 from xkd_fast.data.decode import ClipDecoder, DecodeRequest
 from xkd_fast.data.encode import encode_flac, encode_video
@@ -383,16 +383,16 @@ def test_jpegs_do_not_depend_on_the_number_of_processors() -> None:
     assert b"\xff\xdd\x00\x04" not in encoded
 
 
-LONG = """
-import resource, sys
+LONG = f"""
+import sys
 from xkd_fast.data.convert import ConvertTask, convert
+{PEAK}
 def run(path):
     return convert(ConvertTask(path, "mjpeg", 25.0, 128, 16000, 0.25, 31))
 run(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 sample = run(sys.argv[2])
-more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(sample.frames, more * 1024, len(sample.video) + len(sample.audio))
+print(sample.frames, peak() - before, len(sample.video) + len(sample.audio))
 """
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.data.media import noise, number_of, numbered
+from tests.data.media import PEAK, noise, number_of, numbered
 from xkd_fast.data.decode import ClipDecoder, DecodeRequest, UndecodableError
 from xkd_fast.data.encode import VideoEncoder, encode_flac, encode_video
 from xkd_fast.data.packed import PackedError, mosaic_grid, parse_mosaic, parse_yuv
@@ -72,8 +72,8 @@ def test_the_frames_that_are_asked_for(codec: str, height: int, width: int) -> N
         assert [number_of(picture) for picture in clip] == list(range(start, start + count)), (start, count)
 
 
-# Decibels at the default quality, 0.4 below what was measured. The scene's colours are finer than chroma of half the size, which
-# is all that yuv loses.
+# Decibels at the default quality, 0.4 below what was measured. The scene's colours are finer than chroma of half the size, all
+# that yuv loses.
 PSNR = {"mjpeg": 33.96, "vp9": 33.51, "mosaic": 33.61, "yuv": 35.99}
 
 
@@ -183,11 +183,12 @@ def test_the_same_bytes_on_one_processor_and_on_all(tmp_path: Path) -> None:
 
 
 ROOT = Path(__file__).parent.parent.parent
-LONG = """
-import resource, sys
+LONG = f"""
+import sys
 import numpy as np
 from xkd_fast.data.encode import VideoEncoder
 from xkd_fast.data.video_codecs import encoder_quality
+{PEAK}
 codec = sys.argv[1]
 y, x = np.mgrid[:128, :170]
 def film(frames):
@@ -196,9 +197,9 @@ def film(frames):
         encoder.add(np.repeat((x + y + k).astype(np.uint8)[..., None] // 4, 3, -1))
     return len(encoder.finish())
 film(100)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 size = film(3000)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, size)
+print(peak() - before, size)
 """
 
 

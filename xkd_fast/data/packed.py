@@ -15,7 +15,7 @@ JPEGs                 4:2:0; the last has only as many rows of tiles as it needs
 ====================  =====================================================================================
 
 No block of a JPEG holds two frames. A decoder that interpolates chroma mixes a quarter of the neighbour's colour (in a corner
-7/16), nothing of its brightness, into the outermost pixels where frames touch: on the left and above, and on the right and below
+7/16), nothing of its brightness, into the outermost pixels where frames touch: on the left and above, on the right and below
 where a side is a multiple of 16. Neighbours are a frame or a few apart in time, so their edges are mostly of the same colours.
 
 ``KEY.yuv``: frames as they are.
