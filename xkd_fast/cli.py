@@ -337,8 +337,9 @@ def _dry_run(given: argparse.Namespace, sources: Any, options: Any) -> int:
     from xkd_fast.data.estimate import estimate
     from xkd_fast.data.prepare import standing_shards
 
-    standing = standing_shards(sources, Path(given.destination), options) if given.destination else 0
-    found = estimate(sources, options)
+    destination = Path(given.destination) if given.destination else None
+    standing = standing_shards(sources, destination, options) if destination is not None else 0
+    found = estimate(sources, options, destination=destination)
     several = sum(len(source.classes) > 1 for source in sources.sources)
     parts = sum(source.start is not None or source.end is not None for source in sources.sources)
     unlabelled = sum(not source.classes for source in sources.sources)

@@ -30,7 +30,7 @@ KEEP = {"missing_audio": "keep-as-video-only", "missing_video": "keep-as-audio-o
 
 
 def run(source: Path, destination: Path, **changed: Any) -> PrepareReport:
-    options = PrepareOptions(**{"short_side": 24, "workers": 1, **changed})
+    options = PrepareOptions(**{"codec": "mjpeg", "short_side": 24, "workers": 1, **changed})
     return prepare(source, destination, options, console=Console(file=io.StringIO()))
 
 
@@ -193,3 +193,15 @@ def test_a_sound_that_cancels_itself_is_none(tmp_path: Path) -> None:
     assert run(tmp_path / "videos", tmp_path / "kept", missing_audio="keep-as-video-only").without_audio == 1
     with pytest.raises(UserError, match="none of 1 videos could be used: 1 silent_audio"):
         run(tmp_path / "videos", tmp_path / "skipped")
+
+
+@pytest.mark.parametrize("codec", ["mosaic", "yuv", "vp9"])
+def test_every_codec_keeps_what_is_there(world: SimpleNamespace, tmp_path: Path, codec: str) -> None:
+    """Red if a codec that is decoded another way than MJPEG needs a sound beside its pictures."""
+    run(world.root / "mute", tmp_path / "shards", codec=codec, **KEEP)
+    config, shards = world.config, ShardSet.open(tmp_path / "shards")
+    sizes = (config.model, config.mel, config.data)
+    found = list(clips(shards, *sizes, per_sample=1, batch_size=8, modalities=("video",)))
+    expected = list(clips(ShardSet.open(world.shards / "mute"), *sizes, per_sample=1, batch_size=8, modalities=("video",)))
+    assert len(shards) == 8 and not shards.has_audio.any()
+    torch.testing.assert_close(found[0].views.video_global, expected[0].views.video_global, atol=0.1, rtol=0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.data.media import burst_times, bursts, noise, number_of, numbered, write_video
-from xkd_fast.data.convert import Converted, ConvertTask, Skipped, convert, encode_flac, encode_video, place_sound
+from tests.data.media import PEAK, burst_times, bursts, noise, number_of, numbered, write_video
+from xkd_fast.data.convert import Converted, ConvertTask, Skipped, convert, place_sound
 from xkd_fast.data.decode import ClipDecoder, DecodeRequest
+from xkd_fast.data.encode import encode_flac, encode_video
 from xkd_fast.data.read_video import target_size
 
 RATE = 16000
@@ -372,6 +375,31 @@ def test_jpegs_do_not_depend_on_the_number_of_processors() -> None:
     encoded = encode_video([picture] * 3, "mjpeg", 8.0, 4)
     assert encoded == encode_video([picture] * 3, "mjpeg", 8.0, 4)
     assert b"\xff\xdd\x00\x04" not in encoded
+
+
+LONG = f"""
+import sys
+from xkd_fast.data.convert import ConvertTask, convert
+{PEAK}
+def run(path):
+    return convert(ConvertTask(path, "mjpeg", 25.0, 128, 16000, 0.25, 31))
+run(sys.argv[1])
+before = peak()
+sample = run(sys.argv[2])
+print(sample.frames, peak() - before, len(sample.video) + len(sample.audio))
+"""
+
+
+def test_a_long_video_is_never_in_memory_as_pictures(tmp_path: Path) -> None:
+    """Red if frames wait for the sound before they are encoded: 2000 of them are 131 MB."""
+    pictures = [numbered(k) for k in range(50)]
+    short = write_video(tmp_path / "short.mp4", pictures, sound=noise(2), codecs=H264)
+    long = write_video(tmp_path / "long.mp4", pictures * 40, sound=noise(80), codecs=H264)
+    command = [sys.executable, "-c", LONG, str(short), str(long)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent.parent)
+    frames, more, size = map(int, done.stdout.split())
+    assert frames == 2000
+    assert more < 25e6 + 2.5 * size, f"{more / 1e6:.0f} MB for {size / 1e6:.1f} MB"
 
 
 # ------------------------------------------------------------------------------------------------------------ what is skipped

@@ -104,7 +104,9 @@ def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, contents: list[tupl
     assert [(sample.video.tobytes(), sample.audio.tobytes()) for sample in read] == contents
 
 
-@pytest.mark.parametrize(("codec", "suffix"), [("mjpeg", "avi"), ("h264", "mp4")])
+@pytest.mark.parametrize(
+    ("codec", "suffix"), [("mjpeg", "avi"), ("h264", "mp4"), ("vp9", "webm"), ("mosaic", "mosaic"), ("yuv", "yuv")]
+)
 def test_the_tar_is_one_that_webdataset_readers_stream(tmp_path: Path, codec: str, suffix: str) -> None:
     """Would catch members out of order (a streaming reader groups neighbours by key) and names with a stray dot or folder."""
     path = write_set(tmp_path / "shards", [SAMPLES[:2]], codec)

@@ -134,7 +134,8 @@ def prepared(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pyt
     destination = tmp_path_factory.mktemp("shards")
     options = PrepareOptions(fps=request.param, short_side=16, workers=2)
     prepare(folder, destination, options, console=Console(file=io.StringIO()))
-    shards, decoder, decoded = ShardSet.open(destination), ClipDecoder(batch_size=1, threads=1), {}
+    shards, decoded = ShardSet.open(destination), {}
+    decoder = ClipDecoder(batch_size=1, threads=1, codec=shards.codec)
     for index in range(len(shards)):
         sample = shards.read(index)
         (clip,) = decoder([DecodeRequest(sample.key, sample.video, sample.audio, 0, int(shards.frames[index]))])

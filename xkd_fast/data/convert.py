@@ -5,19 +5,16 @@ Runs in a worker process (`xkd_fast.data.workers`), because a damaged file may h
 
 from __future__ import annotations
 
-import io
 import os
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, Literal
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from xkd_fast.data.encode import VideoEncoder, encode_flac
 from xkd_fast.data.read_audio import place_sound, read_audio
-from xkd_fast.data.read_video import SCALING, VideoReader
+from xkd_fast.data.read_video import VideoReader
 from xkd_fast.data.segment import segment_bounds
 from xkd_fast.data.source_file import Skip, Skipped, audio_stream, open_source, promised_seconds, video_stream
 
@@ -30,12 +27,12 @@ class ConvertTask:
     """A source and what is to become of it."""
 
     path: str
-    codec: Literal["mjpeg", "h264"]
+    codec: str  # a name of `xkd_fast.data.video_codecs.CODECS`
     fps: float
     short_side: int  # pixels
     sample_rate: int
     min_seconds: float
-    quality: int
+    quality: int  # of the encoder, on the codec's scale
     start: float | None = None  # seconds of the source's own time line; None = from its beginning
     end: float | None = None  # seconds; None = to its end
     without_sound: bool = False  # a video without sound becomes a sample without audio, instead of being skipped
@@ -83,7 +80,11 @@ def _convert(task: ConvertTask) -> Converted:
     if not has_picture:
         return _convert_sound(task, first, last, part)
     reader = VideoReader(task.path, task.fps, task.short_side, task.start, task.end)
-    pictures = [picture for picture, frames in reader for _ in range(frames)]
+    film: VideoEncoder | None = None
+    for picture, frames in reader:
+        film = film or VideoEncoder(task.codec, task.fps, task.quality, picture.shape[1], picture.shape[0])
+        film.add(picture, frames)
+    assert film is not None, "a reader without pictures raises"
     start, seconds = reader.start, reader.seconds
     if seconds < task.min_seconds:
         raise Skip("too_short", f"{seconds:.2f} s of picture, at least {task.min_seconds:g} s are asked for")
@@ -95,15 +96,13 @@ def _convert(task: ConvertTask) -> Converted:
     # Matroska promises an end, not a length
     read = seconds if partial else max(seconds + start, audio_end) - min(start, audio_start, 0.0)
     _require_whole(read, part)
-    samples = round(len(pictures) / task.fps * task.sample_rate)
+    samples = round(film.frames / task.fps * task.sample_rate)
     waveform = place_sound([(round((time - start) * task.sample_rate), sound) for time, sound in pieces], samples)
     heard = _is_heard(waveform)
     if not heard and not task.without_sound:
         raise Skip("silent_audio", "no sample under the picture is above -80 dB of full scale")
-    height, width, _ = pictures[0].shape
-    video = encode_video(pictures, task.codec, task.fps, task.quality)
-    audio = encode_flac(waveform, task.sample_rate) if heard else None
-    return Converted(video, audio, len(pictures), samples if heard else 0, height, width, round(audio_start - start, 6))
+    audio, offset = encode_flac(waveform, task.sample_rate) if heard else None, round(audio_start - start, 6)
+    return Converted(film.finish(), audio, film.frames, samples if heard else 0, film.height, film.width, offset)
 
 
 def _sound_of(task: ConvertTask) -> list[tuple[float, NDArray[np.int16]]]:
@@ -140,43 +139,3 @@ def _require_whole(read: float, promised: float) -> None:
 
 def _is_heard(waveform: NDArray[np.int16]) -> bool:
     return bool((np.abs(waveform.astype(np.int32)) > SILENCE).any())
-
-
-def encode_video(pictures: list[NDArray[np.uint8]], codec: str, fps: float, quality: int) -> bytes:
-    """Frames [H, W, 3] uint8 as a video file in memory: MJPEG in AVI, or H.264 in MP4 with a key frame a second."""
-    height, width, _ = pictures[0].shape
-    buffer = io.BytesIO()
-    rate = Fraction(fps).limit_denominator(1000)
-    reformatter = VideoReformatter()
-    with av.open(buffer, "w", format="avi" if codec == "mjpeg" else "mp4") as container:
-        stream: Any
-        if codec == "mjpeg":
-            stream = container.add_stream("mjpeg", rate=rate)
-            stream.pix_fmt = "yuvj420p"
-            stream.codec_context.qmin = stream.codec_context.qmax = quality
-        else:
-            stream = container.add_stream("libx264", rate=rate, options={"preset": "medium", "crf": str(quality)})
-            stream.pix_fmt = "yuv420p"
-            stream.codec_context.gop_size = max(1, round(fps))
-        stream.width, stream.height = width, height
-        # With more threads the JPEGs get restart markers and are a tenth larger, so the bytes would depend on the machine.
-        stream.codec_context.thread_count = 1
-        for number, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame = reformatter.reformat(frame, format=stream.pix_fmt, interpolation=SCALING, threads=1)
-            frame.pts, frame.time_base = number, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
-
-
-def encode_flac(waveform: NDArray[np.int16], sample_rate: int) -> bytes:
-    """Mono int16 sound as a FLAC file in memory."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="flac") as container:
-        stream: Any = container.add_stream("flac", rate=sample_rate, layout="mono")
-        frame = av.AudioFrame.from_ndarray(waveform[None], format="s16", layout="mono")
-        frame.sample_rate, frame.pts = sample_rate, 0
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()

@@ -6,9 +6,10 @@ import contextlib
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from xkd_fast.data.convert import Converted, ConvertTask, Skipped, convert
-from xkd_fast.data.prepare import PrepareOptions, convert_task, processors, shards_of, shuffle
+from xkd_fast.data.prepare import PrepareOptions, choose_codec, convert_task, processors, shards_of, shuffle
 from xkd_fast.data.sources import SourceSet
 from xkd_fast.data.workers import require_workers, run_tasks
 
@@ -49,12 +50,15 @@ def try_source(task: ConvertTask) -> Trial:
     return Trial(seconds, len(result.video or b"") + len(result.audio or b"") + MEMBER_OVERHEAD, None)
 
 
-def estimate(sources: SourceSet, options: PrepareOptions, *, tried: int = TRIED) -> Estimate:
+def estimate(sources: SourceSet, options: PrepareOptions, *, destination: Path | None = None, tried: int = TRIED) -> Estimate:
     """Convert up to ``tried`` sources, picked by a hash of their names, write nothing, and estimate the rest.
+
+    A ``destination`` that was begun has its say in the codec, where that is ``auto``.
 
     Raises:
         UserError: ``options.workers`` below 0.
     """
+    options, _ = choose_codec(options, destination)
     workers = options.workers or processors()
     require_workers(workers)
     present = sources.present

@@ -225,7 +225,7 @@ class ViewPipeline:
         self._told = 0  # how many of them `damage` has given out
         self.pinned = pinned
         self._maker = ViewMaker(self.shape, augment, mel)
-        self._decoder = ClipDecoder(micro_batch, data.threads)
+        self._decoder = ClipDecoder(micro_batch, data.threads, shards.codec)
         self._pool = single_threaded_pool(data.threads)
         self._prefetcher: Prefetcher[tuple[Views, MaskNoise]] | None = None
 
@@ -446,7 +446,11 @@ class _PlainClips:
         self.per_sample, self.batch_size, self.random, self.seed = per_sample, batch_size, random, seed
         self.maker = ViewMaker(shape, AugmentOptions(short_side_first=True), mel)
         self.seen, self.heard = "video" in modalities, "audio" in modalities
-        self.decoder = (ClipDecoder if self.seen else SoundDecoder)(batch_size, data.threads)
+        self.decoder: ClipDecoder | SoundDecoder
+        if self.seen:
+            self.decoder = ClipDecoder(batch_size, data.threads, shards.codec)
+        else:
+            self.decoder = SoundDecoder(batch_size, data.threads)
 
     def shape_of(self, sample: int) -> ClipShape:
         """What is stored of a sample; where it has no picture or no sound, as if that lasted as long as the other."""

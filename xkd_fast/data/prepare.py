@@ -16,7 +16,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from xkd_fast.data.convert import Converted, ConvertTask, Skipped
 from xkd_fast.data.shards import FORMAT, MANIFEST, NewSample, ShardWriter, index_path, read_json
 from xkd_fast.data.sources import MEDIA_SUFFIXES, VIDEO_SUFFIXES, Source, SourceSet, find_sources
+from xkd_fast.data.video_codecs import AUTO, AUTO_REASON, CODECS, encoder_quality, quality_scales
 from xkd_fast.data.workers import PAUSE, Outcome, require_workers, run_tasks
 from xkd_fast.errors import UserError
 from xkd_fast.files import InUse, aside, sole_use, write_aside
@@ -46,12 +47,15 @@ class PrepareOptions:
 
     __pydantic_config__ = FORBID_EXTRA
 
-    codec: Literal["mjpeg", "h264"] = option("mjpeg", "video codec of the shards: mjpeg decodes anywhere, h264 on GPUs only")
+    codec: Literal["auto", "mjpeg", "h264", "vp9", "mosaic", "yuv"] = option(
+        "auto",
+        "video codec of the shards, all but h264 for CPUs too; auto = as the folder was begun, else one is chosen and named",
+    )
     fps: float = option(8.0, "frames per second of the shards, constant")
     short_side: int = option(128, "shorter side of the frames, pixels, even; the aspect is kept")
     sample_rate: int = option(16000, "audio samples per second of the shards, mono")
     min_seconds: float = option(0.25, "videos shorter than this are skipped, seconds; 0 = none")
-    quality: int | None = option(None, "encoder quality, lower is better: mjpeg 2-31 (default 4), h264 0-51 (default 23)")
+    quality: int | None = option(None, f"encoder quality, lower is better: {quality_scales()}; only with a codec by name")
     samples_per_shard: int = option(512, "sources per shard, before skipping")
     seed: int = option(0, "seed of the order of samples over shards")
     missing_audio: Literal["skip", "keep-as-video-only"] = option(
@@ -65,7 +69,9 @@ class PrepareOptions:
     seconds_per_file: float = option(300.0, "time limit of one source, seconds; then it is skipped as timed_out")
 
     def __post_init__(self) -> None:
-        require(self.codec in ("mjpeg", "h264"), f"codec = {self.codec!r} must be mjpeg or h264")
+        require(
+            self.codec == "auto" or self.codec in CODECS, f"codec = {self.codec!r} must be one of auto, {', '.join(CODECS)}"
+        )
         require(0.1 <= self.fps <= 240, f"fps = {self.fps} must lie in 0.1-240")
         require(
             16 <= self.short_side <= 4096 and self.short_side % 2 == 0,
@@ -73,8 +79,11 @@ class PrepareOptions:
         )
         require(8000 <= self.sample_rate <= 96000, f"sample_rate = {self.sample_rate} must lie in 8000-96000 Hz")
         require(0 <= self.min_seconds <= 86400, f"min_seconds = {self.min_seconds} must lie in 0-86400")
-        low, high = (2, 31) if self.codec == "mjpeg" else (0, 51)
-        require(low <= self.encoder_quality <= high, f"quality = {self.quality} must lie in {low}-{high} for {self.codec}")
+        if self.codec == "auto":
+            problem = f"quality = {self.quality} needs a codec by name, since each has its own scale: {quality_scales()}"
+            require(self.quality is None, problem)
+        else:
+            encoder_quality(self.codec, self.quality)
         require(self.samples_per_shard >= 1, f"samples_per_shard = {self.samples_per_shard} must be 1 or more")
         require(0 <= self.seed < 2**63, f"seed = {self.seed} must lie in 0-{2**63 - 1}")
         audio, video = ("skip", "keep-as-video-only"), ("skip", "keep-as-audio-only")
@@ -85,8 +94,8 @@ class PrepareOptions:
 
     @property
     def encoder_quality(self) -> int:
-        """The quality given, or the codec's default."""
-        return self.quality if self.quality is not None else {"mjpeg": 4, "h264": 23}[self.codec]
+        """The quality given, or the codec's default; the codec has been chosen."""
+        return encoder_quality(self.codec, self.quality)
 
     @property
     def suffixes(self) -> frozenset[str]:
@@ -94,7 +103,7 @@ class PrepareOptions:
         return VIDEO_SUFFIXES if self.missing_video == "skip" else MEDIA_SUFFIXES
 
     def content(self) -> dict[str, Any]:
-        """The options that shape the shards: not how, or how fast, they are made."""
+        """The options that shape the shards: not how, or how fast, they are made. The codec has been chosen."""
         content = asdict(self) | {"quality": self.encoder_quality}
         return {name: content[name] for name in content if name not in ("workers", "seconds_per_file")}
 
@@ -154,7 +163,7 @@ def check_plan(destination: Path, plan: dict[str, Any]) -> None:
                 f"{destination} was prepared in format {stored.get('format')!r}, this version writes format {plan['format']}; "
                 "choose another folder, or delete this one"
             )
-        options, usual = stored.get("options"), PrepareOptions().content()
+        options, usual = stored.get("options"), PrepareOptions(codec="mjpeg").content()  # codec and quality were always noted
         for name, value in plan["options"].items():
             earlier = options.get(name, usual[name]) if isinstance(options, dict) else None
             if earlier != value:
@@ -183,6 +192,24 @@ def check_plan(destination: Path, plan: dict[str, Any]) -> None:
 
 def _told(about: object) -> str:
     return "a folder of videos" if about is None else json.dumps(about, ensure_ascii=False)
+
+
+def choose_codec(options: PrepareOptions, destination: Path | None) -> tuple[PrepareOptions, str]:
+    """Options with a codec in the place of ``auto``, and why this one; as they are, without a word, where one is named."""
+    if options.codec != "auto":
+        return options, ""
+    if destination is not None and (begun := _begun_with(destination)):
+        return replace(options, codec=begun), f"codec auto: {begun}, which {destination} was begun with"
+    return replace(options, codec=AUTO), f"codec auto: {AUTO}, {AUTO_REASON}"
+
+
+def _begun_with(destination: Path) -> Any:
+    """The codec of the plan in a folder; None where there is none, or none that makes sense."""
+    try:
+        codec = json.loads((destination / PLAN).read_text(encoding="utf-8"))["options"]["codec"]
+        return codec if codec in CODECS else None
+    except (OSError, ValueError, KeyError, TypeError):  # what is damaged, `check_plan` refuses
+        return None
 
 
 def _is_replaceable(destination: Path) -> bool:
@@ -241,10 +268,13 @@ def prepare(
         raise UserError(f"{destination} cannot be made a folder ({error.strerror}); name another one for the shards") from error
     try:
         with sole_use(destination):
+            options, reason = choose_codec(options, destination)
             plan = plan_of(sources, options) | ({REPLACEABLE: True} if replace else {})
             if replace and _is_replaceable(destination) and not _continues(destination, plan):
                 _remove_shards(destination)
             check_plan(destination, plan)
+            if reason:
+                console.print(escape(reason), soft_wrap=True, highlight=False)
             return _prepare(destination, sources, options, workers, console)
     except InUse as error:
         raise UserError(f"another prepare is writing to {destination}; wait for it, or stop it") from error
@@ -276,7 +306,7 @@ def standing_shards(sources: SourceSet, destination: Path, options: PrepareOptio
         raise UserError(f"{destination} is a file; name a folder for the shards")
     if not destination.is_dir() or all(entry.name == aside(destination / PLAN).name for entry in destination.iterdir()):
         return 0
-    check_plan(destination, plan_of(sources, options))
+    check_plan(destination, plan_of(sources, choose_codec(options, destination)[0]))
     return sum(_is_whole(_tar(destination, number)) for number in range(len(shards_of(sources, options))))
 
 

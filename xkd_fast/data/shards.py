@@ -1,8 +1,9 @@
 """Shards: tar files of encoded samples, each with an index of byte ranges and checksums beside it.
 
 A shard set is a directory of ``manifest.json`` and, per shard, ``shard-000000.tar`` and ``shard-000000.index.json``. A tar
-holds ``KEY.mp4`` or ``KEY.avi``, ``KEY.flac`` and ``KEY.json`` per sample, one after the other, so any reader of the WebDataset
-format can stream it; the index says where each member's bytes lie, so any sample can be read alone, from any thread.
+holds ``KEY.avi``, ``.mp4``, ``.webm``, ``.mosaic`` or ``.yuv`` (by the set's codec, `xkd_fast.data.video_codecs`), ``KEY.flac``
+and ``KEY.json`` per sample, one after the other, so any reader of the WebDataset format can stream it; the index says where
+each member's bytes lie, so any sample can be read alone, from any thread.
 
 A sample without picture or without sound has no such member, and null in its place in the index. A sample of several classes
 has label -1 and all their numbers as ``labels``.
@@ -25,12 +26,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xkd_fast.data.video_codecs import CODECS
 from xkd_fast.errors import UserError
 from xkd_fast.files import aside, write_aside
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-VIDEO_SUFFIX = {"mjpeg": "avi", "h264": "mp4"}
 PARTS = ("video", "audio", "json")
 MAX_OPEN_FILES = 128
 
@@ -90,7 +91,7 @@ class ShardWriter:
         """``name`` without suffix, such as ``shard-000000``."""
         self.path = directory / f"{name}.tar"
         self._aside = aside(self.path)
-        self._suffixes = dict(zip(PARTS, (VIDEO_SUFFIX[codec], "flac", "json"), strict=True))
+        self._suffixes = dict(zip(PARTS, (CODECS[codec].suffix, "flac", "json"), strict=True))
         self._file = open(self._aside, "wb")  # noqa: SIM115
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self._rows: list[dict[str, Any]] = []
