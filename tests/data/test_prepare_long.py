@@ -68,11 +68,11 @@ def finished(destination: Path) -> int:
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_it_ends_with_the_same_files(tmp_path: Path) -> None:
-    """Red if a kill at whatever moment loses a sample, doubles one, or leaves bytes that an uninterrupted run would not."""
+    """Red if a kill at whatever moment loses a sample, doubles one, has a finished shard done again, or leaves bytes that an uninterrupted run would not."""
     source = pile(tmp_path / "videos", 300)
     options = PrepareOptions(short_side=16, samples_per_shard=4, workers=2)
     prepare(source, tmp_path / "whole", options, console=Console(file=io.StringIO()))
-    cut, moments = tmp_path / "cut", random.Random(5)
+    cut, moments, written = tmp_path / "cut", random.Random(5), dict[Path, int]()
     for _ in range(KILLS):
         stop, delay = finished(cut) + moments.randint(0, 4), moments.uniform(0, 0.04)
         process = start(source, cut, 4)
@@ -83,6 +83,9 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_files(tmp_path: Path
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
         assert not (cut / MANIFEST).exists()
+        stood = {path: path.stat().st_mtime_ns for path in cut.glob("*.index.json")}
+        assert stood.items() >= written.items(), "a finished shard was done again"
+        written = stood
     report = prepare(source, cut, options, console=Console(file=io.StringIO()))
     assert 0 < report.converted_now < 300
     whole, resumed = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path / "whole", cut))
