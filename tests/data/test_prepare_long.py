@@ -68,7 +68,7 @@ def finished(destination: Path) -> int:
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_it_ends_with_the_same_files(tmp_path: Path) -> None:
-    """Red if a kill at whatever moment loses a sample, doubles one, has a finished shard done again, or leaves bytes that an uninterrupted run would not."""
+    """Red if after a kill a sample is lost, doubled or other than in an uninterrupted run, a finished shard is done again."""
     source = pile(tmp_path / "videos", 300)
     options = PrepareOptions(short_side=16, samples_per_shard=4, workers=2)
     prepare(source, tmp_path / "whole", options, console=Console(file=io.StringIO()))
