@@ -238,7 +238,34 @@ def ablation_paragraph() -> str:
     return "\n".join(lines)
 
 
+def codecs_paragraph() -> str:
+    """About the codecs of shards on CPUs."""
+    results = [json.loads(path.read_text()) for path in sorted(record.RESULTS.glob("codecs_*.json"))]
+    if not results:
+        return "Not measured yet."
+    lines = []
+    for result in results:
+        lines += [
+            f"Clips of {result['frames']} frames of {result['height']} × {result['width']} out of {result['videos']} rendered "
+            "videos of ten seconds, decoded in turns",
+            f"with their sound on {result['device']} (`benchmarks/results/codecs_*.json`; ratios are medians over rounds, with",
+            "their range; cameras' pictures come to other sizes and fidelities):",
+            "",
+            "| codec | quality | kB a clip | PSNR, dB | encoding, ms a frame | decoding on the CPU, clips/s | against mjpeg |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in result["rows"]:
+            size, encoding = f"{row['bytes_per_clip'] / 1e3:.0f}", f"{1e3 * row['encode_seconds_per_frame']:.2f}"
+            speed, ratio = row.get("clips_per_second"), row.get("against_mjpeg")
+            decoding = f"{speed['median']:.0f}" if speed else "–"
+            against = f"{ratio['median']:.2f} × ({ratio['min']:.2f}-{ratio['max']:.2f})" if ratio else "–"
+            cells = [row["codec"], row["quality"] or "–", size, f"{row['psnr']:.1f}", encoding, decoding, against]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 PARAGRAPHS = {
+    "codecs": codecs_paragraph,
     "seeds": seeds_paragraph,
     "flops": flops_paragraph,
     "demo": demo_paragraph,

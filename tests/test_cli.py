@@ -78,7 +78,7 @@ WRONG_INPUT = [
     (("train", "--config", "xkd_base_k400", "model.video.size=113"), "model.video.size = 113 must be a positive multiple of"),
     (("prepare", "{tmp}", "{tmp}/shards"), "holds no video; files with one of these endings count"),
     (("prepare", "{tmp}/nowhere", "{tmp}/shards"), "nowhere is not a folder; name the folder that holds the videos"),
-    (("prepare", "{tmp}", "{tmp}/shards", "--quality", "99"), "quality = 99 must lie in 2-31 for mjpeg"),
+    (("prepare", "{tmp}", "{tmp}/shards", "--codec", "mjpeg", "--quality", "99"), "quality = 99 must lie in 2-31 for mjpeg"),
     (("render", "{root}"), "so it was not rendered by xkd-fast; choose an empty folder"),
     (("render", "{tmp}", "--clips-per-class", "0"), "clips_per_class = 0 must be 1 or more"),
     (("render", "{root}/setup.py"), "setup.py cannot be made a folder (File exists); name another one for the clips"),
@@ -275,7 +275,7 @@ def test_doctor_reads_shards_through(tmp_path, capsys):
     small = ["--seconds", "0.5", "0.6", "--width", "32", "--height", "32", "--workers", "1", "--classes", "flash", "slide"]
     assert cli.main(["render", str(tmp_path / "videos"), "--clips-per-class", "2", *small]) == 0
     folders = [tmp_path / "first", tmp_path / "second"]
-    prepare = ["--short-side", "16", "--min-seconds", "0.1", "--workers", "1"]
+    prepare = ["--short-side", "16", "--min-seconds", "0.1", "--workers", "1", "--codec", "mjpeg"]
     assert cli.main(["prepare", str(tmp_path / "videos"), str(folders[0]), *prepare]) == 0
     shutil.copytree(*folders)
     examine = ["doctor", "--shards", *map(str, folders)]

@@ -214,34 +214,188 @@ def render(arguments: list[str]) -> int:
 
 
 def prepare(arguments: list[str]) -> int:
-    """Turn a folder of videos into a shard set."""
+    """Turn videos into a shard set, or tell what that would come to."""
     from rich.console import Console
 
+    from xkd_fast.data.datasets import DATASETS, describe
     from xkd_fast.data.prepare import REPORT, PrepareOptions
     from xkd_fast.data.prepare import prepare as prepare_shards
 
     parser = _command_parser(
         "prepare",
-        "Turn a folder of videos into shards for training and evaluation: constant frame rate, small frames, mono sound. The "
-        "folders inside SOURCE are the classes. Videos that cannot be used are skipped, counted and listed with the reason. "
-        "Called again after an interruption, it goes on.",
-        "  xkd-fast prepare /data/kinetics/train /data/k400/train\n"
-        "  xkd-fast prepare runs/videos runs/shards --fps 4 --short-side 64 --workers 2",
+        "Turn videos into shards for training and evaluation: constant frame rate, small frames, mono sound. The folders "
+        "inside SOURCE are the classes, unless a list or a known data set names files and classes. Videos that cannot be used "
+        "are skipped, counted and listed with the reason. Called again after an interruption, it goes on.",
+        "  xkd-fast prepare VIDEOS --audit                              what a pile holds, before hours are spent\n"
+        "  xkd-fast prepare VIDEOS SHARDS --dry-run                     what would be done, and how long and large\n"
+        "  xkd-fast prepare /data/kinetics/train /data/k400/train       class folders\n"
+        "  xkd-fast prepare --list clips.csv SHARDS                     a csv: path[,label[,start[,end]]]\n"
+        "  xkd-fast prepare --dataset ucf101 UCF-101 SHARDS --split test --fold 1\n"
+        "  xkd-fast prepare VIDEOS SHARDS --fps 4 --short-side 64 --workers 2\n\n"
+        f"data sets (--dataset NAME; the first split is the default):\n{describe()}",
     )
-    parser.add_argument("source", metavar="SOURCE", help="folder of videos")
-    parser.add_argument(
-        "destination", metavar="DESTINATION", help="folder of the shards; empty, or begun before by the same command"
-    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", nargs="?", help="folder of videos; not with --list")
+    add("destination", metavar="DESTINATION", nargs="?",
+        help="folder of the shards; empty, or begun before by the same command; not with --audit")  # fmt: skip
+    where = parser.add_argument_group("where samples come from")
+    where.add_argument("--list", metavar="FILE", help="csv of path[,label[,start[,end]]], or one path a line; paths count from "
+        "its folder; several classes as A|B; start and end are seconds: only that part is taken")  # fmt: skip
+    where.add_argument("--dataset", metavar="NAME", choices=DATASETS, help="a known data set, see below")
+    where.add_argument("--split", help="split of the data set (default: its first)")
+    where.add_argument("--fold", type=int, metavar="N", help="which of its splits, from 1 (default: 1)")
+    where.add_argument("--annotations", metavar="DIR", help="folder of its annotation files (default: in or beside SOURCE)")
+    look = parser.add_argument_group("look before you leap (nothing is converted to shards)")
+    look.add_argument("--dry-run", action="store_true", help="tell what would be done, and write nothing")
+    look.add_argument("--audit", action="store_true", help="open every file, and count what the pile holds")
+    look.add_argument("--json", metavar="FILE", help="with --audit: write the figures, and what was found of every file")
+    look.add_argument("--plot", metavar="FILE", help="with --audit: write a picture of them (png, svg, pdf)")
     add_options(parser, PrepareOptions)
-    given = parser.parse_args(arguments)
-    report = prepare_shards(given.source, given.destination, read_options(given, PrepareOptions), console=Console(stderr=True))
+    given = parser.parse_intermixed_args(arguments)
+    _check_prepare_arguments(given)
+    defaults = dict(DATASETS[given.dataset].options) if given.dataset else {}
+    for name, value in defaults.items():
+        if not hasattr(given, name):
+            setattr(given, name, value)
+    options, console = read_options(given, PrepareOptions), Console(stderr=True)
+    sources = _sources(given, options)
+    for warning in sources.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if given.audit:
+        return _audit(given, sources, options)
+    if given.dry_run:
+        return _dry_run(given, sources, options)
+    report = prepare_shards(sources, given.destination, options, console=console)
     print(f"{given.destination}: {report.written} samples in {report.shards} shards, {report.converted_now} videos handled now")
     if report.skipped:
         reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.skipped.most_common())
         print(
             f"{report.skipped.total()} of {report.sources} videos skipped ({reasons}); listed in {given.destination}/{REPORT}"
         )
+    for count, lacking, other in ((report.without_audio, "sound", "video"), (report.without_video, "picture", "audio")):
+        if count:
+            print(f"{count} samples have no {lacking}: they serve the evaluation of {other} alone, and no training")
     return 0
+
+
+def _check_prepare_arguments(given: argparse.Namespace) -> None:
+    """Refuse combinations that mean nothing; with --list alone, the first place is the destination."""
+    if given.list is not None:
+        if given.dataset is not None:
+            raise UserError("--list and --dataset both say where samples come from; leave one of them out")
+        if given.destination is not None:
+            raise UserError(
+                f"--list {given.list} names the sources, so {given.source} is one place too many; "
+                "write xkd-fast prepare --list FILE DESTINATION"
+            )
+        given.source, given.destination = None, given.source
+    elif given.source is None:
+        raise UserError("no source is named: write xkd-fast prepare SOURCE DESTINATION, or --list FILE DESTINATION")
+    for name in ("split", "fold", "annotations"):
+        if given.dataset is None and getattr(given, name) is not None:
+            raise UserError(f"--{name} {getattr(given, name)} says something of a data set; name it with --dataset")
+    if given.audit and given.dry_run:
+        raise UserError("--audit and --dry-run are two questions; ask one at a time")
+    if given.audit and given.destination is not None:
+        raise UserError(f"--audit writes no shards, so {given.destination} is one place too many; leave it out")
+    if not given.audit and given.destination is None and not given.dry_run:
+        raise UserError("no DESTINATION is named: name the folder of the shards, or ask with --dry-run or --audit")
+    for name in ("json", "plot"):
+        value = getattr(given, name)
+        if value is not None and not given.audit:
+            raise UserError(f"--{name} {value} goes with --audit")
+        if value is not None:
+            _require_writable(f"--{name}", value)
+
+
+def _require_writable(option: str, file: str) -> None:
+    folder = os.path.dirname(os.path.abspath(file))
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise UserError(f"{option} {file} cannot be written: {folder} is no folder that one may write to")
+    if os.path.isdir(file):
+        raise UserError(f"{option} {file} is a folder; name a file")
+
+
+def _sources(given: argparse.Namespace, options: Any) -> Any:
+    """The sources that the arguments of prepare name."""
+    from pathlib import Path
+
+    from xkd_fast.data.datasets import open_dataset
+    from xkd_fast.data.sources import MEDIA_SUFFIXES, find_sources, read_list
+
+    if given.list is not None:
+        return read_list(Path(given.list))
+    if given.dataset is not None:
+        return open_dataset(given.dataset, given.source, split=given.split, fold=given.fold, annotations=given.annotations)
+    return find_sources(Path(given.source), MEDIA_SUFFIXES if given.audit else options.suffixes)
+
+
+def _dry_run(given: argparse.Namespace, sources: Any, options: Any) -> int:
+    """Print what prepare would do."""
+    from pathlib import Path
+
+    from xkd_fast.data.estimate import estimate
+    from xkd_fast.data.prepare import standing_shards
+
+    destination = Path(given.destination) if given.destination else None
+    standing = standing_shards(sources, destination, options) if destination is not None else 0
+    found = estimate(sources, options, destination=destination)
+    several = sum(len(source.classes) > 1 for source in sources.sources)
+    parts = sum(source.start is not None or source.end is not None for source in sources.sources)
+    unlabelled = sum(not source.classes for source in sources.sources)
+    print(
+        f"{found.sources} sources in {len(sources.classes)} classes: {found.shards} shards of at most "
+        f"{options.samples_per_shard} samples, {standing} of which are there already"
+    )
+    for count, text in (
+        (len(sources.missing), "files are missing"),
+        (parts, "are parts of files"),
+        (several, "have several classes"),
+        (unlabelled, "have no class"),
+    ):
+        if count:
+            print(f"  {count} {text}")
+    print(f"  {sum(source.size for source in sources.present if source.size > 0) / 1e9:.3g} GB to read")
+    print(
+        f"by {found.tried} of them, converted and thrown away: about {_amount(found.bytes)} of shards in "
+        f"{_time(found.seconds)} with {found.workers} workers"
+    )
+    if found.skipped:
+        reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in found.skipped.items())
+        print(f"  {sum(found.skipped.values())} of these {found.tried} would be skipped: {reasons}")
+    print("nothing was written")
+    return 0
+
+
+def _audit(given: argparse.Namespace, sources: Any, options: Any) -> int:
+    """Count what the sources hold, show and write it."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from xkd_fast.data.audit import audit, write_json
+    from xkd_fast.data.audit_figures import audit_table, plot_audit, plot_format
+
+    if given.plot is not None:
+        plot_format(Path(given.plot))
+    with progress_bar("auditing") as progress:
+        found = audit(sources, options, progress=progress)
+    Console().print(audit_table(found))
+    for path, reason in found.unreadable.items():
+        print(f"unreadable: {path!r}: {reason}")
+    if given.json is not None:
+        write_json(found, Path(given.json))
+    if given.plot is not None:
+        plot_audit(found, Path(given.plot))
+    return 0
+
+
+def _amount(count: float) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.3g} h" if seconds >= 3600 else f"{seconds / 60:.3g} min" if seconds >= 60 else f"{seconds:.2g} s"
 
 
 def train(arguments: list[str]) -> int:

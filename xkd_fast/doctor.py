@@ -94,7 +94,7 @@ CHECKS = (
     Check(
         "PyAV, FFmpeg",
         "import av\n"
-        "needed = {'libx264': 'w', 'h264': 'r', 'mjpeg': 'w', 'flac': 'w', 'aac': 'w'}\n"
+        "needed = {'libx264': 'w', 'h264': 'r', 'mjpeg': 'w', 'libvpx-vp9': 'w', 'flac': 'w', 'aac': 'w'}\n"
         "lacking = []\n"
         "for name, mode in needed.items():\n"
         "    try: av.codec.Codec(name, mode)\n"

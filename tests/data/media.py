@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 from numpy.typing import NDArray
 
 GREY_STEP, GREY_FIRST = 4, 20  # grey levels apart, and of picture 0
@@ -45,9 +47,31 @@ def burst_times(waveform: NDArray[Any], rate: int) -> NDArray[np.float64]:
     return loud[np.diff(loud, prepend=-1.0) > 0.1]
 
 
+# Programs that measure themselves begin with this. The kernel's own maximum, ru_maxrss, begins with that of the process that
+# started them.
+PEAK = """
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+"""
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A sound track."""
+
+    samples: NDArray[Any]  # [samples] or [channels, samples]; int16, or float32 in [-1, 1]
+    rate: int = 16000
+    layout: str = "mono"
+    codec: str = "pcm_s16le"
+    start: float = 0.0  # seconds
+    pause: tuple[float, float] | None = None  # at this time of the sound, the time stamps jump by so many seconds
+    default: bool | None = None  # whether it is marked as the one to play; None = as the container has it
+
+
 def write_video(
     path: Path,
-    pictures: Sequence[NDArray[np.uint8]] = (),
+    pictures: Sequence[Any] = (),
     times: Sequence[float] | None = None,
     *,
     fps: float = 25.0,
@@ -55,63 +79,85 @@ def write_video(
     rate: int = 16000,
     sound_start: float = 0.0,
     pause: tuple[float, float] | None = None,
+    sounds: Sequence[Sound] = (),
     codecs: tuple[str, str] = ("ffv1", "pcm_s16le"),
+    pix_fmt: str | None = None,
     time_base: Fraction = Fraction(1, 12800),
     options: dict[str, str] | None = None,
     setup: Any = None,
+    file: Any = None,
+    form: str | None = None,
 ) -> Path:
     """Write a file.
 
     Args:
         path: where; its suffix tells the container.
-        pictures: [H, W, 3] uint8 each, all of one size.
+        pictures: [H, W, 3] uint8 each, all of one size, or frames of PyAV in ``pix_fmt``.
         times: when each is shown, seconds; by default ``fps`` a second.
         fps: nominal frame rate.
-        sound: [samples] int16, mono.
-        rate: samples per second.
-        sound_start: when the sound begins, seconds.
-        pause: at this time of the sound, the time stamps jump by so many seconds.
-        codecs: of the picture and of the sound; ffv1 with PCM is lossless.
+        sound: [samples] int16, mono, with the ``rate``, ``sound_start`` and ``pause`` of a :class:`Sound`.
+        sounds: further tracks.
+        codecs: of the picture and of ``sound``; ffv1 with PCM is lossless.
+        pix_fmt: of the coded pictures.
         time_base: unit of the pictures' time stamps, seconds.
         options: of the container.
         setup: called with the video stream before anything is encoded.
+        file: written to instead of the path.
+        form: container, if not as the path's suffix says.
     """
     packets: list[Any] = []
     shown = [k / fps for k in range(len(pictures))] if times is None else list(times)
-    with av.open(str(path), "w", options=options or {}) as container:
+    own = [] if sound is None else [Sound(sound, rate, codec=codecs[1], start=sound_start, pause=pause)]
+    with av.open(file or str(path), "w", format=form, options=options or {}) as container:
         if len(pictures):
+            first = pictures[0]
             video: Any = container.add_stream(codecs[0], rate=Fraction(fps).limit_denominator(1001))
-            video.height, video.width = pictures[0].shape[:2]
-            video.pix_fmt = "bgr0" if codecs[0] == "ffv1" else "yuv420p"
+            video.height, video.width = first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
+            video.pix_fmt = pix_fmt or ("bgr0" if codecs[0] == "ffv1" else "yuv420p")
             video.codec_context.time_base = time_base
             if codecs[0] == "libx264":
                 video.options = {"crf": "4", "preset": "ultrafast", "bf": "0"}
             if setup is not None:
                 setup(video)
-        if sound is not None:
-            audio: Any = container.add_stream(codecs[1], rate=rate, layout="mono")
+        tracks = [(track, _sound_stream(container, track)) for track in (*own, *sounds)]
         for number, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24") if isinstance(picture, np.ndarray) else picture
             following = shown[number + 1] if number + 1 < len(shown) else shown[number] + 1 / fps
             frame.pts, frame.time_base = round(shown[number] / time_base), time_base
             frame.duration = round(following / time_base) - frame.pts
             packets += video.encode(frame)
         if len(pictures):
             packets += video.encode(None)
-        if sound is not None:
-            cut = len(sound) if pause is None else round(pause[0] * rate)
-            for part, start in ((sound[:cut], sound_start), (sound[cut:], sound_start + (sum(pause) if pause else 0))):
-                for begin in range(0, len(part), 1024):
-                    packets += audio.encode(_sound_frame(audio, part[begin : begin + 1024], rate, round(start * rate) + begin))
-            packets += audio.encode(None)
+        for track, audio in tracks:
+            packets += _sound_packets(track, audio)
         for packet in sorted(packets, key=lambda packet: (packet.dts or 0) * packet.time_base):
             container.mux(packet)
     return path
 
 
-def _sound_frame(stream: Any, piece: NDArray[np.int16], rate: int, place: int) -> Any:
-    planar = stream.codec_context.format.name.startswith("flt")
-    data = piece.astype(np.float32) / 32768 if planar else piece
-    frame = av.AudioFrame.from_ndarray(data[None], format="fltp" if planar else "s16", layout="mono")
-    frame.sample_rate, frame.pts, frame.time_base = rate, place, Fraction(1, rate)
+def _sound_stream(container: Any, track: Sound) -> Any:
+    stream = container.add_stream(track.codec, rate=track.rate, layout=track.layout)
+    if track.default is not None:
+        stream.disposition = Disposition.default if track.default else Disposition(0)
+    return stream
+
+
+def _sound_packets(track: Sound, stream: Any) -> list[Any]:
+    packets: list[Any] = []
+    samples = np.atleast_2d(track.samples)
+    cut = samples.shape[1] if track.pause is None else round(track.pause[0] * track.rate)
+    later = track.start + (sum(track.pause) if track.pause else 0)
+    for part, start in ((samples[:, :cut], track.start), (samples[:, cut:], later)):
+        for begin in range(0, part.shape[1], 1024):
+            piece = part[:, begin : begin + 1024]
+            packets += stream.encode(_sound_frame(stream, piece, track, round(start * track.rate) + begin))
+    return packets + stream.encode(None)
+
+
+def _sound_frame(stream: Any, piece: NDArray[Any], track: Sound, place: int) -> Any:
+    if piece.dtype == np.int16 and stream.codec_context.format.name.startswith("flt"):
+        piece = piece.astype(np.float32) / 32768
+    form = "s16" if piece.dtype == np.int16 else "flt"
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(piece.T).reshape(1, -1), format=form, layout=track.layout)
+    frame.sample_rate, frame.pts, frame.time_base = track.rate, place, Fraction(1, track.rate)
     return frame

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xkd_fast.data.augment import ViewMaker
-from xkd_fast.data.convert import encode_flac, encode_video
 from xkd_fast.data.decode import ClipDecoder, DecodeRequest
+from xkd_fast.data.encode import encode_flac, encode_video
 from xkd_fast.data.log_mel import LogMel, MelOptions
 from xkd_fast.data.pipeline import ClipOptions, ViewPipeline, check_against_model, clips, view_shape
 from xkd_fast.data.sampler import clip_draw, epoch_permutation, evaluation_starts, mask_noise, replacement
@@ -71,21 +71,23 @@ def make_sound(sample: int) -> NDArray[np.int16]:
     return (np.sin(place * (0.1 + 0.02 * sample)) * loudness * 32767).clip(-32768, 32767).astype(np.int16)
 
 
-def write_shards(path: Path, change: Callable[[int, NewSample], NewSample] = lambda _, s: s, **manifest: Any) -> Path:
+def write_shards(
+    path: Path, change: Callable[[int, NewSample], NewSample] = lambda _, s: s, codec: str = "mjpeg", **manifest: Any
+) -> Path:
     """The test samples as two shards; ``change`` may alter a sample before it is stored."""
     path.mkdir()
     entries = []
     for shard in range(2):
-        writer = ShardWriter(path, f"shard-{shard:06d}", "mjpeg")
+        writer = ShardWriter(path, f"shard-{shard:06d}", codec)
         for sample in range(shard, SAMPLES, 2):
             pictures, sound = make_pictures(sample), make_sound(sample)
-            video, audio = encode_video(list(pictures), "mjpeg", FPS, 2), encode_flac(sound, RATE)
+            video, audio = encode_video(pictures, codec, FPS, 2), encode_flac(sound, RATE)
             height, width = pictures.shape[1:3]
             new = NewSample(f"clip{sample}", sample % 3, video, audio, len(pictures), len(sound), height, width)
             writer.add(change(sample, new))
         writer.close()
         entries.append({"name": writer.path.name, "samples": SAMPLES // 2, "bytes": writer.path.stat().st_size})
-    usual = {"format": FORMAT, "codec": "mjpeg", "fps": FPS, "sample_rate": RATE, "classes": ["a", "b", "c"], "shards": entries}
+    usual = {"format": FORMAT, "codec": codec, "fps": FPS, "sample_rate": RATE, "classes": ["a", "b", "c"], "shards": entries}
     (path / MANIFEST).write_text(json.dumps({**usual, **manifest}))
     return path
 
@@ -346,6 +348,42 @@ def test_what_cannot_be_decoded_is_found_and_replaced(
         pytest.raises(UserError, match=f"sample clip8 cannot be decoded: .*{reason}"),
     ):
         epoch_of(pipeline, 0)
+
+
+@pytest.mark.parametrize("codec", ["vp9", "mosaic", "yuv"])
+def test_every_codec_gives_the_same_views(shards: ShardSet, tmp_path: Path, codec: str) -> None:
+    # a decoder that is not told its codec, frames of another moment, and damage that only the first codec's decoder reports:
+    # one video is noise, one is shorter than its index says, one of another size
+    change: dict[int, dict[str, Any]] = {
+        2: {"video": GARBAGE},
+        7: {"video": encode_video(make_pictures(7)[:3], codec, FPS, 2)},
+        8: {"height": 30},
+    }
+    path = write_shards(tmp_path / "shards", lambda sample, new: replace(new, **change.get(sample, {})), codec)
+    with make(ShardSet.open(path), PLAIN) as pipeline, make(shards, PLAIN) as usual:
+        for epoch in range(2):
+            for (ours, _), (theirs, _) in zip(epoch_of(pipeline, epoch), epoch_of(usual, epoch), strict=True):
+                for row, key in enumerate(theirs.keys):
+                    if number_of(key) in change:
+                        assert number_of(ours.keys[row]) not in change
+                        continue
+                    assert ours.keys[row] == key
+                    difference = (ours.video_global[row] - theirs.video_global[row]).abs() * 255
+                    assert difference.mean() < 2.5 and difference.mean((0, 2, 3)).max() < 4  # a frame's step is 10
+                    assert torch.equal(ours.audio_global[row], theirs.audio_global[row])
+        assert {(number_of(damaged.key), damaged.epoch) for damaged in pipeline.damaged} == {
+            (k, e) for k in change for e in (0, 1)
+        }
+    (batch,) = clips(
+        ShardSet.open(path),
+        MODEL,
+        MEL,
+        DATA,
+        per_sample=3,
+        batch_size=6,
+        samples=[shards.keys.index(f"clip{k}") for k in (3, 4)],
+    )
+    assert batch.views.video_global.shape[0] == 6
 
 
 def test_when_all_is_damaged_the_search_ends(tmp_path: Path) -> None:

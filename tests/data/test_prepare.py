@@ -22,24 +22,22 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from tests.data.media import noise, numbered, write_video
+from tests.data.media import noise, number_of, numbered, write_video
 from xkd_fast.data.decode import ClipDecoder, DecodeRequest
 from xkd_fast.data.prepare import (
     PLAN,
     REPORT,
-    VIDEO_SUFFIXES,
     PrepareOptions,
     PrepareReport,
-    Source,
-    find_sources,
     prepare,
     shuffle,
 )
 from xkd_fast.data.shards import MANIFEST, ShardSet, index_path
+from xkd_fast.data.sources import VIDEO_SUFFIXES, Source, find_sources
 from xkd_fast.data.synthetic import SyntheticOptions, clip_path, render_clip, render_dataset
 from xkd_fast.errors import UserError
 
-SMALL = PrepareOptions(short_side=16, samples_per_shard=3, workers=1)
+SMALL = PrepareOptions(codec="mjpeg", short_side=16, samples_per_shard=3, workers=1)
 BAD_UTF8 = os.fsdecode(b"\xff\xfe")
 
 
@@ -151,7 +149,7 @@ def test_the_report_of_a_call(mixed: Path, prepared: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("workers", [2, 3])
 def test_shards_do_not_depend_on_the_number_of_workers(mixed: Path, prepared: Path, tmp_path: Path, workers: int) -> None:
     """Would catch samples stored in the order in which they happen to be ready."""
-    options = PrepareOptions(short_side=16, samples_per_shard=3, workers=workers)
+    options = PrepareOptions(codec="mjpeg", short_side=16, samples_per_shard=3, workers=workers)
     run(mixed, tmp_path / "shards", options)
     assert contents(tmp_path / "shards") == contents(prepared)
 
@@ -167,12 +165,12 @@ def test_shards_do_not_depend_on_where_the_source_lies(
 
 def test_the_seed_moves_samples_between_shards(mixed: Path) -> None:
     """Would catch shards of one class each, which a sequential reader would train on one after the other."""
-    sources = find_sources(mixed)
+    sources = find_sources(mixed).sources
     first, again, other = shuffle(sources, 0), shuffle(sources[::-1], 0), shuffle(sources, 1)
     assert first == again and first != other and sorted(first, key=lambda s: s.name) == sources
-    many = shuffle([Source(f"{name}/{k}.mp4", name, 0) for name in "abcd" for k in range(100)], 0)
+    many = shuffle([Source(f"{name}/{k}.mp4", "", (name,)) for name in "abcd" for k in range(100)], 0)
     for start in range(0, 400, 50):
-        assert min(Counter(source.class_name for source in many[start : start + 50]).values()) >= 4
+        assert min(Counter(source.classes for source in many[start : start + 50]).values()) >= 4
 
 
 # ------------------------------------------------------------------------------------------------------------------- names
@@ -208,8 +206,10 @@ def test_which_files_count(media: Path, tmp_path: Path) -> None:
     source = place(media, tmp_path / "videos", dict.fromkeys(names, "good"))
     (source / "folder.mp4").mkdir()
     size = (source / "three.webm").stat().st_size
-    expected = {"a/ONE.MKV": "a", "a/b/c/two.Mp4": "a", "three.webm": None}
-    assert find_sources(source) == [Source(name, folder, size) for name, folder in expected.items()]
+    expected = {"a/ONE.MKV": ("a",), "a/b/c/two.Mp4": ("a",), "three.webm": ()}
+    found = find_sources(source)
+    assert found.sources == [Source(name, str(source / name), classes, size=size) for name, classes in expected.items()]
+    assert found.classes == ["a"] and found.about == {}
     assert {".mp4", ".webm", ".mkv", ".avi", ".mov"} <= VIDEO_SUFFIXES
 
 
@@ -319,14 +319,18 @@ def test_a_damaged_plan_is_refused(mixed: Path, tmp_path: Path, plan: str) -> No
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"codec": "vp9"}, "codec = 'vp9' must be mjpeg or h264"),
+        ({"codec": "av1"}, "codec = 'av1' must be one of auto, mjpeg, h264, vp9, mosaic, yuv"),
         ({"fps": 0.0}, "fps = 0.0 must lie in 0.1-240"),
         ({"fps": float("nan")}, "fps = nan"),
         ({"short_side": 127}, "short_side = 127 must be an even number"),
         ({"sample_rate": 0}, "sample_rate = 0"),
         ({"min_seconds": -1}, "min_seconds = -1"),
-        ({"quality": 1}, "quality = 1 must lie in 2-31 for mjpeg"),
+        ({"quality": 1, "codec": "mjpeg"}, "quality = 1 must lie in 2-31 for mjpeg"),
         ({"quality": 52, "codec": "h264"}, "quality = 52 must lie in 0-51 for h264"),
+        ({"quality": 64, "codec": "vp9"}, "quality = 64 must lie in 0-63 for vp9"),
+        ({"quality": 32, "codec": "mosaic"}, "quality = 32 must lie in 2-31 for mosaic"),
+        ({"quality": 4, "codec": "yuv"}, "quality = 4 means nothing for yuv, which stores pixels as they are; leave it out"),
+        ({"quality": 4}, "quality = 4 needs a codec by name, since each has its own scale: mjpeg 2-31"),
         ({"samples_per_shard": 0}, "samples_per_shard = 0"),
         ({"seed": -1}, "seed = -1 must lie in 0-"),
         ({"workers": -1}, "workers = -1"),
@@ -345,7 +349,7 @@ def test_wrong_options_are_named(change: dict[str, Any], words: str) -> None:
 SCRIPT = """
 import sys
 from xkd_fast.data.prepare import PrepareOptions, prepare
-prepare(sys.argv[1], sys.argv[2], PrepareOptions(short_side=16, samples_per_shard=3, workers=1))
+prepare(sys.argv[1], sys.argv[2], PrepareOptions(codec="mjpeg", short_side=16, samples_per_shard=3, workers=1))
 """
 
 
@@ -468,7 +472,7 @@ def test_a_source_that_hangs_is_skipped(mixed: Path, prepared: Path, tmp_path: P
 
 def decode_all(shards: ShardSet) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.float32]]]:
     """Every sample's frames and sound as training decodes them, by source."""
-    decoder, decoded = ClipDecoder(batch_size=1, threads=1), {}
+    decoder, decoded = ClipDecoder(batch_size=1, threads=1, codec=shards.codec), {}
     for index in range(len(shards)):
         sample = shards.read(index)
         (clip,) = decoder([DecodeRequest(sample.key, sample.video, sample.audio, 0, int(shards.frames[index]))])
@@ -507,13 +511,45 @@ def test_impacts_are_still_heard_when_they_are_seen(tmp_path: Path) -> None:
             assert np.abs(lowest - time_heard).min() <= 1 / 16 + 0.005
 
 
-def test_h264_shards_hold_the_same_samples(media: Path, tmp_path: Path) -> None:
-    """Would catch the other codec's branch broken: its files, its members' names, its frames."""
+BEGINNINGS = {"h264": (4, b"ftyp"), "vp9": (0, b"\x1aE\xdf\xa3"), "mosaic": (0, b"XKDMOS01"), "yuv": (0, b"XKDYUV01")}
+
+
+@pytest.mark.parametrize("codec", BEGINNINGS)
+def test_other_codecs_hold_the_same_samples(media: Path, tmp_path: Path, codec: Any) -> None:
+    """Would catch another codec's branch broken: its files, its quality, its frames."""
     source = place(media, tmp_path / "videos", {"a/1.mkv": "good"})
-    run(source, tmp_path / "shards", PrepareOptions(codec="h264", short_side=16, workers=1))
+    run(source, tmp_path / "shards", PrepareOptions(codec=codec, short_side=16, workers=1))
     shards = ShardSet.open(tmp_path / "shards")
-    assert shards.codec == "h264" and shards.read(0).video[4:8].tobytes() == b"ftyp"
+    begin, magic = BEGINNINGS[codec]
+    assert shards.codec == codec and shards.read(0).video[begin : begin + len(magic)].tobytes() == magic
     assert shards.record(0).frames == 5
+    if codec != "h264":
+        ((frames, _),) = decode_all(shards).values()
+        assert [number_of(picture) for picture in frames] == [0, 3, 6, 9, 12]
+
+
+def test_auto_names_its_codec_and_keeps_to_it(media: Path, tmp_path: Path) -> None:
+    """Would catch "auto" in the manifest, a choice without a word, and a folder refused since it was begun with another."""
+    source = place(media, tmp_path / "videos", {"a/1.mkv": "good"})
+    auto = PrepareOptions(short_side=16, samples_per_shard=3, workers=1)
+
+    def told(folder: str, options: PrepareOptions) -> str:
+        shown = io.StringIO()
+        prepare(source, tmp_path / folder, options, console=Console(file=shown, width=40))
+        return "".join(line for line in shown.getvalue().splitlines(keepends=True) if line.startswith("codec"))
+
+    chosen = "codec auto: mosaic, which a CPU decodes faster than mjpeg and "
+    assert told("new", auto).startswith(chosen)
+    assert json.loads((tmp_path / "new" / MANIFEST).read_text())["codec"] == "mosaic"
+    assert json.loads((tmp_path / "new" / PLAN).read_text())["options"]["quality"] == 4
+    assert told("begun", SMALL) == ""
+    for folder, codec in (("new", "mosaic"), ("begun", "mjpeg")):
+        before = contents(tmp_path / folder)
+        assert told(folder, auto) == f"codec auto: {codec}, which {tmp_path / folder} was begun with\n"
+        assert contents(tmp_path / folder) == before
+    (tmp_path / "begun" / PLAN).write_text('{"options": {"codec": ["mjpeg"]}}')
+    with pytest.raises(UserError, match="was prepared in format None"):
+        told("begun", auto)
 
 
 @pytest.mark.slow

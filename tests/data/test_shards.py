@@ -104,7 +104,9 @@ def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, contents: list[tupl
     assert [(sample.video.tobytes(), sample.audio.tobytes()) for sample in read] == contents
 
 
-@pytest.mark.parametrize(("codec", "suffix"), [("mjpeg", "avi"), ("h264", "mp4")])
+@pytest.mark.parametrize(
+    ("codec", "suffix"), [("mjpeg", "avi"), ("h264", "mp4"), ("vp9", "webm"), ("mosaic", "mosaic"), ("yuv", "yuv")]
+)
 def test_the_tar_is_one_that_webdataset_readers_stream(tmp_path: Path, codec: str, suffix: str) -> None:
     """Would catch members out of order (a streaming reader groups neighbours by key) and names with a stray dot or folder."""
     path = write_set(tmp_path / "shards", [SAMPLES[:2]], codec)
@@ -335,3 +337,44 @@ def test_reading_from_threads_with_few_files_open(tmp_path: Path, monkeypatch: p
     assert right
     assert 3 <= most <= 3 + 6 and afterwards == 3
     assert open_descriptors(path) == 0, "descriptors outlive their set"
+
+
+def test_sets_of_earlier_versions_are_the_same_data(tmp_path: Path) -> None:
+    """Red if usual samples are indexed otherwise than before labels could be several, or resuming takes them for other data."""
+    path = write_set(tmp_path / "shards", [SAMPLES[:2], SAMPLES[2:]])
+    (first, *_) = json.loads(index_path(path / "shard-000000.tar").read_text())["samples"]
+    assert list(first) == ["key", "label", "frames", "samples", "height", "width", "video", "audio", "json"]
+    shards = ShardSet.open(path)
+    assert shards.crc32 == 3959439251
+    assert shards.label_sets == [(), (0,), (1,), (2,)] and not shards.multi_label
+    assert shards.has_video.all() and shards.has_audio.all()
+
+
+def test_several_labels_and_absent_parts(tmp_path: Path) -> None:
+    """Red if labels are not moved with their classes where sets are used together, or nobody hears that labels have changed."""
+    both = {"frames": 8, "samples": 100, "height": 2, "width": 2}
+    several = NewSample("a", -1, b"v", b"a", **both, labels=(0, 2))
+    mute = NewSample("b", 1, b"v", None, **{**both, "samples": 0})
+    blind = NewSample("c", 1, None, b"a", 0, 100, 0, 0)
+    first = write_set(tmp_path / "first", [[several, mute, blind]], classes=["x", "c", "b"])
+    second = write_set(tmp_path / "second", [[blind, several]], classes=["a", "b", "c"])
+    alone = ShardSet.open(first)
+    assert alone.classes == ["x", "c", "b"] and alone.label_sets == [(0, 2), (1,), (1,)]
+    together = ShardSet.open([first, second])
+    assert together.classes == ["a", "b", "c", "x"]
+    assert together.label_sets == [(1, 3), (2,), (2,), (1,), (0, 2)] and together.labels.tolist() == [-1, 2, 2, 1, -1]
+    assert together.has_video.tolist() == [True, True, False, False, True]
+    assert together.has_audio.tolist() == [True, False, True, True, True]
+    assert together.read(1).audio.size == 0 and together.read(2).video.size == 0 and not any(map(together.damage, range(5)))
+    other = write_set(
+        tmp_path / "other", [[NewSample("a", -1, b"v", b"a", **both, labels=(0, 1)), mute, blind]], classes=["x", "c", "b"]
+    )
+    assert ShardSet.open(other).crc32 != alone.crc32
+
+
+@pytest.mark.parametrize("labels", [[0, 3], [-1, 0]])
+def test_labels_beyond_the_classes_are_damage(tmp_path: Path, labels: list[int]) -> None:
+    """Red if a label that names no class is taken for the last one, as a negative place in a list would be."""
+    sample = NewSample("a", -1, b"v", b"a", 8, 100, 2, 2, labels=tuple(labels))
+    with pytest.raises(UserError, match=r"has labels .* of 3 classes"):
+        ShardSet.open(write_set(tmp_path / "shards", [[sample]]))

@@ -331,14 +331,17 @@ class ViewMaker:
         Args:
             out: as made by `empty`; has the local views that ``draws`` has.
             rows: N rows of it.
-            videos: N of [T, H, W, 3] uint8, the frames of the clip.
-            waveforms: N of [samples of the clip] float.
+            videos: N of [T, H, W, 3] uint8, the frames of the clip; none, and the video views stay as they are.
+            waveforms: N of [samples of the clip] float; none, and the audio views stay as they are.
             draws: N draws.
         """
         video, audio = self.shape.video, self.shape.audio
-        self._video(out.video_global[rows], videos, [draw.video_global for draw in draws], video.frames, video.size)
-        for view, local in enumerate(out.video_locals):
+        if videos:
+            self._video(out.video_global[rows], videos, [draw.video_global for draw in draws], video.frames, video.size)
+        for view, local in enumerate(out.video_locals if videos else ()):
             self._video(local[rows], videos, [draw.video_locals[view] for draw in draws], video.local_frames, video.local_size)
+        if not waveforms:
+            return
         whole = self.options.audio_global, self.shape.clip_samples, audio.frames
         self._audio(out.audio_global[rows], waveforms, [draw.audio_global for draw in draws], *whole)
         part = self.options.audio_local, self.shape.local_samples, audio.local_frames

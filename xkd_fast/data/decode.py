@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xkd_fast.data.packed import PackedError
+from xkd_fast.data.video_codecs import CPU_CODECS
 from xkd_fast.errors import UserError
 
-CPU_CODECS = ("mjpeg",)  # of the codecs that shards hold; DALI's CPU decoder knows neither H.264 nor HEVC nor AV1
+if TYPE_CHECKING:
+    from xkd_fast.data.unpack import Unpacker
 
 
 def require_cpu_codec(codec: str, name: str) -> None:
@@ -26,7 +29,7 @@ def require_cpu_codec(codec: str, name: str) -> None:
     if codec not in CPU_CODECS:
         raise UserError(
             f"{name} holds {codec} video, which DALI cannot decode on the CPU (a GPU could, which is not built in yet); "
-            f"prepare the shards with --codec {CPU_CODECS[0]}"
+            f"prepare the shards with --codec {CPU_CODECS[0]} (or {', '.join(CPU_CODECS[1:])})"
         )
 
 
@@ -83,17 +86,35 @@ class ClipDecoder:
 
     It runs when called, in the caller's thread (other Python threads go on meanwhile), so nothing is in flight between calls.
 
+    Args:
+        batch_size: requests of a call, at most.
+        threads: that decode.
+        codec: of all videos, one of `CPU_CODECS`.
+
     Raises:
-        UserError: DALI is not installed.
+        UserError: DALI is not installed, or cannot decode the codec on the CPU.
     """
 
-    def __init__(self, batch_size: int, threads: int) -> None:
+    def __init__(self, batch_size: int, threads: int, codec: str = "mjpeg") -> None:
+        require_cpu_codec(codec, "the request")
         self.batch_size = batch_size
         self.threads = threads
-        self._pipeline = self._build()
+        self.codec = codec
+        self._build()
 
-    def _build(self) -> Any:
+    def _build(self) -> None:
         require_dali()
+        from xkd_fast.data.unpack import MosaicUnpacker, YuvUnpacker
+
+        self._unpack: Unpacker | None = None
+        if self.codec == "mosaic":
+            self._unpack = MosaicUnpacker(self.batch_size, self.threads)
+        elif self.codec == "yuv":
+            self._unpack = YuvUnpacker(self.threads)
+        self._pipeline = self._build_pipeline()
+
+    def _build_pipeline(self) -> Any:
+        """Sound, and frames where they come as a video stream."""
         from nvidia.dali import fn, types
         from nvidia.dali.pipeline import Pipeline
 
@@ -101,27 +122,33 @@ class ClipDecoder:
             batch_size=self.batch_size, num_threads=self.threads, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
         )
         with pipeline:
-            video = fn.external_source(name="video", ndim=1, dtype=types.DALIDataType.UINT8)
             audio = fn.external_source(name="audio", ndim=1, dtype=types.DALIDataType.UINT8)
-            start = fn.external_source(name="start", ndim=0, dtype=types.DALIDataType.INT32)
-            count = fn.external_source(name="frames", ndim=0, dtype=types.DALIDataType.INT32)
-            frames = fn.decoders.video(video, start_frame=start, sequence_length=count, pad_mode="none")
             waveform, _ = fn.decoders.audio(audio, downmix=True, dtype=types.DALIDataType.FLOAT)
-            pipeline.set_outputs(frames, waveform)
+            outputs = [waveform]
+            if self._unpack is None:
+                video = fn.external_source(name="video", ndim=1, dtype=types.DALIDataType.UINT8)
+                start = fn.external_source(name="start", ndim=0, dtype=types.DALIDataType.INT32)
+                count = fn.external_source(name="frames", ndim=0, dtype=types.DALIDataType.INT32)
+                outputs.append(fn.decoders.video(video, start_frame=start, sequence_length=count, pad_mode="none"))
+            pipeline.set_outputs(*outputs)
         pipeline.build()
         return pipeline
 
     def _run(self, requests: Sequence[DecodeRequest]) -> list[DecodedClip]:
         feed = self._pipeline.feed_input
-        feed("video", [request.video for request in requests])
-        feed("audio", [request.audio for request in requests])
-        feed("start", [np.array(request.start, np.int32) for request in requests])
-        feed("frames", [np.array(request.frames, np.int32) for request in requests])
-        videos, waveforms = self._pipeline.run()
         # DLPack shares DALI's memory, without a copy, and keeps it until the tensor is gone
-        return [
-            DecodedClip(torch.from_dlpack(videos[place]), torch.from_dlpack(waveforms[place])) for place in range(len(requests))
-        ]
+        if self._unpack is not None:
+            videos = self._unpack(requests)
+            feed("audio", [request.audio for request in requests])
+            (waveforms,) = self._pipeline.run()
+        else:
+            feed("audio", [request.audio for request in requests])
+            feed("video", [request.video for request in requests])
+            feed("start", [np.array(request.start, np.int32) for request in requests])
+            feed("frames", [np.array(request.frames, np.int32) for request in requests])
+            waveforms, streams = self._pipeline.run()
+            videos = [torch.from_dlpack(streams[place]) for place in range(len(requests))]
+        return [DecodedClip(frames, torch.from_dlpack(waveforms[place])) for place, frames in enumerate(videos)]
 
     def __call__(self, requests: Sequence[DecodeRequest]) -> list[DecodedClip]:
         """Decode a batch.
@@ -132,8 +159,8 @@ class ClipDecoder:
         """
         try:
             clips = self._run(requests)
-        except RuntimeError as error:
-            self._pipeline = self._build()  # a failed pipeline makes no promises
+        except (RuntimeError, PackedError) as error:
+            self._build()  # a failed pipeline makes no promises
             raise self._blame(requests, error) from error
         short = {
             place: f"{len(clip.frames)} frames from frame {request.start} on, where the index promises {request.frames}"
@@ -144,15 +171,15 @@ class ClipDecoder:
             raise UndecodableError(short)
         return clips
 
-    def _blame(self, requests: Sequence[DecodeRequest], error: RuntimeError) -> Exception:
+    def _blame(self, requests: Sequence[DecodeRequest], error: Exception) -> Exception:
         # one bad stream fails the whole batch: find out which
         reasons: dict[int, str] = {}
         for place, request in enumerate(requests):
             try:
                 self._run([request])
-            except RuntimeError as own:
+            except (RuntimeError, PackedError) as own:
                 reasons[place] = _reason(own)
-                self._pipeline = self._build()
+                self._build()
         if reasons:
             return UndecodableError(reasons)
         keys = ", ".join(request.key for request in requests)

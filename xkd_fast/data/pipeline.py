@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from xkd_fast.data.augment import ViewMaker
 from xkd_fast.data.decode import ClipDecoder, DecodedClip, DecodeRequest, UndecodableError, require_cpu_codec
+from xkd_fast.data.decode_sound import SoundDecoder, placeholder_sound
 from xkd_fast.data.log_mel import MelOptions
 from xkd_fast.data.prefetch import Prefetcher, single_threaded_pool
 from xkd_fast.data.sampler import Sampler, clip_draw, evaluation_starts, mask_noise, replacement
@@ -131,6 +133,21 @@ def check_against_shards(data: ClipOptions, shards: ShardSet) -> None:
         raise UserError("the data set holds no samples; prepare shards that do")
 
 
+def check_complete(shards: ShardSet) -> None:
+    """Refuse to train on samples that lack one of the two.
+
+    Raises:
+        UserError: how many lack a picture, how many a sound, and what to do.
+    """
+    lacking = {"sound": int((~shards.has_audio).sum()), "picture": int((~shards.has_video).sum())}
+    if any(lacking.values()):
+        told = " and ".join(f"{count} samples without {what}" for what, count in lacking.items() if count)
+        raise UserError(
+            f"the data set holds {told}, among {len(shards)}, and training needs both; prepare them again with "
+            "--missing-audio skip and --missing-video skip"
+        )
+
+
 def clip_shape(shards: ShardSet, sample: int) -> ClipShape:
     """What the index says of a stored sample."""
     columns = shards.frames, shards.samples, shards.heights, shards.widths
@@ -178,7 +195,7 @@ class ViewPipeline:
 
     Raises:
         ValueError: sizes that do not fit the model.
-        UserError: shards that do not fit, or too few samples for one step.
+        UserError: shards that do not fit, samples without picture or without sound, or too few samples for one step.
     """
 
     def __init__(
@@ -198,6 +215,7 @@ class ViewPipeline:
     ) -> None:
         check_against_model(data, mel, model)
         check_against_shards(data, shards)
+        check_complete(shards)
         self.shards = shards
         self.augment = augment
         self.data = data
@@ -207,7 +225,7 @@ class ViewPipeline:
         self._told = 0  # how many of them `damage` has given out
         self.pinned = pinned
         self._maker = ViewMaker(self.shape, augment, mel)
-        self._decoder = ClipDecoder(micro_batch, data.threads)
+        self._decoder = ClipDecoder(micro_batch, data.threads, shards.codec)
         self._pool = single_threaded_pool(data.threads)
         self._prefetcher: Prefetcher[tuple[Views, MaskNoise]] | None = None
 
@@ -374,6 +392,7 @@ def clips(
     random: bool = False,
     seed: int = 0,
     samples: Sequence[int] | None = None,
+    modalities: Collection[str] = ("video", "audio"),
 ) -> Iterator[ClipBatch]:
     """``per_sample`` clips of every sample, centre-cropped and not augmented, in the samples' order, each exactly once.
 
@@ -387,18 +406,24 @@ def clips(
         random: random starts by (seed, sample), rather than evenly spaced ones.
         seed: of the random starts.
         samples: sample numbers; None = all.
+        modalities: of ``video`` and ``audio``, what is decoded; the views of the other hold NaN.
 
     Raises:
         ValueError: sizes that do not fit the model.
-        UserError: shards that do not fit, or a damaged sample (none is replaced here: features must stay in line with labels).
+        UserError: shards that do not fit, a sample without what is to be decoded, or a damaged sample (none is replaced here:
+            features must stay in line with labels).
     """
     check_against_model(data, mel, model)
     check_against_shards(data, shards)
     for name, value in (("per_sample", per_sample), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} = {value} must be 1 or more")
-    source = _PlainClips(shards, view_shape(data, model), mel, data, per_sample, batch_size, random, seed)
     chosen = range(len(shards)) if samples is None else samples
+    for modality, there in (("video", shards.has_video), ("audio", shards.has_audio)):
+        lacking = int((~there[np.asarray(chosen, np.int64)]).sum())
+        if modality in modalities and lacking:
+            raise UserError(f"{lacking} of {len(chosen)} samples have no {modality}; leave it out, or prepare others")
+    source = _PlainClips(shards, view_shape(data, model), mel, data, per_sample, batch_size, random, seed, modalities)
     return source.batches(chosen)
 
 
@@ -415,11 +440,27 @@ class _PlainClips:
         batch_size: int,
         random: bool,
         seed: int,
+        modalities: Collection[str],
     ) -> None:
         self.shards, self.shape, self.data = shards, shape, data
         self.per_sample, self.batch_size, self.random, self.seed = per_sample, batch_size, random, seed
         self.maker = ViewMaker(shape, AugmentOptions(short_side_first=True), mel)
-        self.decoder = ClipDecoder(batch_size, data.threads)
+        self.seen, self.heard = "video" in modalities, "audio" in modalities
+        self.decoder: ClipDecoder | SoundDecoder
+        if self.seen:
+            self.decoder = ClipDecoder(batch_size, data.threads, shards.codec)
+        else:
+            self.decoder = SoundDecoder(batch_size, data.threads)
+
+    def shape_of(self, sample: int) -> ClipShape:
+        """What is stored of a sample; where it has no picture or no sound, as if that lasted as long as the other."""
+        stored, shape = clip_shape(self.shards, sample), self.shape
+        if not self.shards.has_video[sample]:
+            frames = math.ceil(stored.samples * shape.fps / shape.sample_rate)
+            return replace(stored, frames=frames, height=shape.video.size, width=shape.video.size)
+        if not self.shards.has_audio[sample]:
+            return replace(stored, samples=round(stored.frames * shape.sample_rate / shape.fps))
+        return stored
 
     def batches(self, samples: Sequence[int]) -> Iterator[ClipBatch]:
         with single_threaded_pool(self.data.threads) as pool:
@@ -440,7 +481,7 @@ class _PlainClips:
         frames = self.shape.video.frames
         starts = {}
         for sample in dict.fromkeys(sample for sample, _ in wanted):
-            last = last_start(clip_shape(self.shards, sample), self.shape)
+            last = last_start(self.shape_of(sample), self.shape)
             starts[sample] = evaluation_starts(last, self.per_sample, random=self.random, seed=self.seed, sample=sample)
         # overlapping clips of a sample are decoded together, as one span of frames
         spans: list[tuple[int, int, int]] = []  # sample, first frame, end
@@ -453,7 +494,8 @@ class _PlainClips:
 
         def read(span: tuple[int, int, int]) -> DecodeRequest:
             sample, start, end = span
-            return encoded_request(self.shards, sample, start, min(end, clip_shape(self.shards, sample).frames) - start)
+            request = encoded_request(self.shards, sample, start, min(end, self.shape_of(sample).frames) - start)
+            return request if self.heard else replace(request, audio=placeholder_sound())
 
         try:
             requests = list(pool.map(read, spans))
@@ -466,17 +508,20 @@ class _PlainClips:
             raise UserError(f"sample {requests[place].key} cannot be decoded: {reason}; prepare the data again") from error
 
         views = self.maker.empty(len(wanted), local_views=False)
+        for view, wished in ((views.video_global, self.seen), (views.audio_global, self.heard)):
+            if not wished:
+                view.fill_(math.nan)  # whoever uses it will notice
 
         def fill(row: int) -> None:
             sample, number = wanted[row]
-            start, stored = starts[sample][number], clip_shape(self.shards, sample)
+            start, stored = starts[sample][number], self.shape_of(sample)
             place = next(i for i, (owner, first, end) in enumerate(spans) if owner == sample and first <= start < end)
-            if problem := size_problem(decoded[place], stored):
+            if self.seen and (problem := size_problem(decoded[place], stored)):
                 raise UserError(f"sample {requests[place].key}: {problem}; prepare the data again")
             draw = plain_draw(stored, self.shape, start)
             own = decoded[place].frames[start - spans[place][1] :][:frames]
             clip = cut_clip(DecodedClip(own, decoded[place].waveform), draw.start_sample, self.shape)
-            self.maker.fill(views, slice(row, row + 1), [clip[0]], [clip[1]], [draw])
+            self.maker.fill(views, slice(row, row + 1), [clip[0]] * self.seen, [clip[1]] * self.heard, [draw])
 
         list(pool.map(fill, range(len(wanted))))
         samples = np.array([sample for sample, _ in wanted], np.int64)

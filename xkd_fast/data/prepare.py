@@ -1,4 +1,4 @@
-"""From a folder of videos to a shard set: ``xkd-fast prepare SRC DST``.
+"""From videos to a shard set: ``xkd-fast prepare SRC DST``.
 
 Sources are shuffled by a hash of their names and cut into shards in that order, so the assignment depends on nothing that
 happens while they are converted. A finished shard is never done again: an interrupted run goes on with the first one that is
@@ -15,8 +15,8 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,19 +26,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from xkd_fast.data.convert import Converted, ConvertTask, Skipped
 from xkd_fast.data.shards import FORMAT, MANIFEST, NewSample, ShardWriter, index_path, read_json
+from xkd_fast.data.sources import MEDIA_SUFFIXES, VIDEO_SUFFIXES, Source, SourceSet, find_sources
+from xkd_fast.data.video_codecs import AUTO, AUTO_REASON, CODECS, encoder_quality, quality_scales
 from xkd_fast.data.workers import PAUSE, Outcome, require_workers, run_tasks
 from xkd_fast.errors import UserError
 from xkd_fast.files import InUse, aside, sole_use, write_aside
 from xkd_fast.model.options import FORBID_EXTRA, option, require
 
-VIDEO_SUFFIXES = frozenset(
-    """.3gp .asf .avi .divx .f4v .flv .m2ts .m2v .m4a .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogm .ogv .ts .vob .webm
-    .wmv""".split()  # noqa: SIM905
-)
 PLAN = "prepare.json"
 REPLACEABLE = "replaceable"  # in a plan: a later call with replace=True may remove the shards
 REPORT = "report.csv"
 REPORT_COLUMNS = ("source", "status", "reason", "detail", "key", "shard", "frames")
+WITHOUT_AUDIO, WITHOUT_VIDEO = "without audio", "without video"  # details of sources that were written
 AHEAD = 64  # sources converted ahead of a slow one, at most; bounds memory
 
 
@@ -48,19 +47,31 @@ class PrepareOptions:
 
     __pydantic_config__ = FORBID_EXTRA
 
-    codec: Literal["mjpeg", "h264"] = option("mjpeg", "video codec of the shards: mjpeg decodes anywhere, h264 on GPUs only")
+    codec: Literal["auto", "mjpeg", "h264", "vp9", "mosaic", "yuv"] = option(
+        "auto",
+        "video codec of the shards, all but h264 for CPUs too; auto = as the folder was begun, else one is chosen and named",
+    )
     fps: float = option(8.0, "frames per second of the shards, constant")
     short_side: int = option(128, "shorter side of the frames, pixels, even; the aspect is kept")
     sample_rate: int = option(16000, "audio samples per second of the shards, mono")
     min_seconds: float = option(0.25, "videos shorter than this are skipped, seconds; 0 = none")
-    quality: int | None = option(None, "encoder quality, lower is better: mjpeg 2-31 (default 4), h264 0-51 (default 23)")
+    quality: int | None = option(None, f"encoder quality, lower is better: {quality_scales()}; only with a codec by name")
     samples_per_shard: int = option(512, "sources per shard, before skipping")
     seed: int = option(0, "seed of the order of samples over shards")
+    missing_audio: Literal["skip", "keep-as-video-only"] = option(
+        "skip",
+        "videos whose sound is missing or silent: left out, or kept for evaluation of video alone; never filled with zeros",
+    )
+    missing_video: Literal["skip", "keep-as-audio-only"] = option(
+        "skip", "files without picture: left out, or kept for evaluation of sound alone"
+    )
     workers: int = option(0, "processes that convert; 0 = one per core")
     seconds_per_file: float = option(300.0, "time limit of one source, seconds; then it is skipped as timed_out")
 
     def __post_init__(self) -> None:
-        require(self.codec in ("mjpeg", "h264"), f"codec = {self.codec!r} must be mjpeg or h264")
+        require(
+            self.codec == "auto" or self.codec in CODECS, f"codec = {self.codec!r} must be one of auto, {', '.join(CODECS)}"
+        )
         require(0.1 <= self.fps <= 240, f"fps = {self.fps} must lie in 0.1-240")
         require(
             16 <= self.short_side <= 4096 and self.short_side % 2 == 0,
@@ -68,31 +79,33 @@ class PrepareOptions:
         )
         require(8000 <= self.sample_rate <= 96000, f"sample_rate = {self.sample_rate} must lie in 8000-96000 Hz")
         require(0 <= self.min_seconds <= 86400, f"min_seconds = {self.min_seconds} must lie in 0-86400")
-        low, high = (2, 31) if self.codec == "mjpeg" else (0, 51)
-        require(low <= self.encoder_quality <= high, f"quality = {self.quality} must lie in {low}-{high} for {self.codec}")
+        if self.codec == "auto":
+            problem = f"quality = {self.quality} needs a codec by name, since each has its own scale: {quality_scales()}"
+            require(self.quality is None, problem)
+        else:
+            encoder_quality(self.codec, self.quality)
         require(self.samples_per_shard >= 1, f"samples_per_shard = {self.samples_per_shard} must be 1 or more")
         require(0 <= self.seed < 2**63, f"seed = {self.seed} must lie in 0-{2**63 - 1}")
+        audio, video = ("skip", "keep-as-video-only"), ("skip", "keep-as-audio-only")
+        require(self.missing_audio in audio, f"missing_audio = {self.missing_audio!r} must be {' or '.join(audio)}")
+        require(self.missing_video in video, f"missing_video = {self.missing_video!r} must be {' or '.join(video)}")
         require(self.workers >= 0, f"workers = {self.workers} must be 0 or more")
         require(0 < self.seconds_per_file <= 86400, f"seconds_per_file = {self.seconds_per_file} must lie in 0-86400, above 0")
 
     @property
     def encoder_quality(self) -> int:
-        """The quality given, or the codec's default."""
-        return self.quality if self.quality is not None else {"mjpeg": 4, "h264": 23}[self.codec]
+        """The quality given, or the codec's default; the codec has been chosen."""
+        return encoder_quality(self.codec, self.quality)
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """Endings of the files in a folder that count: of videos, and of sounds where these are kept."""
+        return VIDEO_SUFFIXES if self.missing_video == "skip" else MEDIA_SUFFIXES
 
     def content(self) -> dict[str, Any]:
-        """The options that shape the shards: not how, or how fast, they are made."""
+        """The options that shape the shards: not how, or how fast, they are made. The codec has been chosen."""
         content = asdict(self) | {"quality": self.encoder_quality}
         return {name: content[name] for name in content if name not in ("workers", "seconds_per_file")}
-
-
-@dataclass(frozen=True)
-class Source:
-    """A video and its class."""
-
-    name: str  # path below the source folder, forward slashes
-    class_name: str | None
-    size: int  # bytes; -1 where it cannot be read
 
 
 @dataclass
@@ -103,63 +116,13 @@ class PrepareReport:
     skipped: Counter[str] = field(default_factory=Counter)
     shards: int = 0
     converted_now: int = 0  # sources handled by this call; the rest stood already
+    without_audio: int = 0  # of those written
+    without_video: int = 0  # of those written
 
     @property
     def sources(self) -> int:
         """Videos found."""
         return self.written + sum(self.skipped.values())
-
-
-def find_sources(root: Path) -> list[Source]:
-    """Videos below ``root``, sorted by name; the first folder of a path is the class.
-
-    Raises:
-        UserError: no such folder, one that cannot be listed, or no video in it.
-    """
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder; name the folder that holds the videos, in one sub-folder per class")
-    sources = [
-        Source(name, name.split("/", 1)[0] if "/" in name else None, _size(root / name)) for name in sorted(_video_names(root))
-    ]
-    if not sources:
-        raise UserError(f"{root} holds no video; files with one of these endings count: {' '.join(sorted(VIDEO_SUFFIXES))}")
-    return sources
-
-
-def _video_names(root: Path) -> Iterator[str]:
-    """Paths of videos below ``root``. Links to folders are followed, but not back into a folder that the path came through."""
-    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
-    while waiting:
-        folder, above = waiting.pop()
-        try:
-            status = os.stat(root / folder)
-            entries = list(os.scandir(root / folder))
-        except OSError as error:
-            raise UserError(f"{root / folder} cannot be listed: {error.strerror}; make it readable or remove it") from error
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if _is_folder(entry):
-                waiting.append((f"{folder}{entry.name}/", above | {identity}))
-            elif os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES:
-                yield folder + entry.name
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # converting it will tell why
-        return -1
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, or into a place that may not be seen
-        return False
 
 
 def shuffle(sources: list[Source], seed: int) -> list[Source]:
@@ -171,11 +134,19 @@ def shuffle(sources: list[Source], seed: int) -> list[Source]:
     return sorted(sources, key=rank)
 
 
-def plan_of(sources: list[Source], options: PrepareOptions) -> dict[str, Any]:
+def plan_of(sources: SourceSet, options: PrepareOptions) -> dict[str, Any]:
     """What identifies a run: its options and its sources. A folder is only continued by the same plan."""
-    names = "\0".join(f"{source.name}\0{source.size}" for source in sources).encode("utf-8", "surrogateescape")
-    digest = hashlib.sha256(names).hexdigest()
-    return {"format": FORMAT, "options": options.content(), "sources": len(sources), "names_and_sizes": digest}
+    ordered = shuffle(sources.sources, options.seed)
+    names = _digest(f"{source.name}\0{source.size}" for source in ordered)
+    plan = {"format": FORMAT, "options": options.content(), "sources": len(ordered), "names_and_sizes": names}
+    if sources.about:  # in a folder the names tell the classes
+        labels = _digest("\0".join(source.classes) for source in ordered)
+        plan |= {"about": sources.about, "labels": _digest([labels, *sources.classes])}
+    return plan
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def check_plan(destination: Path, plan: dict[str, Any]) -> None:
@@ -192,23 +163,53 @@ def check_plan(destination: Path, plan: dict[str, Any]) -> None:
                 f"{destination} was prepared in format {stored.get('format')!r}, this version writes format {plan['format']}; "
                 "choose another folder, or delete this one"
             )
-        options = stored.get("options")
+        options, usual = stored.get("options"), PrepareOptions(codec="mjpeg").content()  # codec and quality were always noted
         for name, value in plan["options"].items():
-            earlier = options.get(name) if isinstance(options, dict) else None
+            earlier = options.get(name, usual[name]) if isinstance(options, dict) else None
             if earlier != value:
                 raise UserError(
                     f"{destination} was prepared with {name} = {earlier}, this call asks for {value}; "
                     "choose another folder, or delete this one"
                 )
-        if any(stored.get(name) != plan[name] for name in plan if name != REPLACEABLE):
+        if stored.get("about") != plan.get("about"):
             raise UserError(
-                f"{destination} was prepared from {stored.get('sources')} videos, and the source folder now holds "
-                f"{plan['sources']} or others, by name or size; choose another folder, or delete this one"
+                f"{destination} was prepared from {_told(stored.get('about'))}, this call names {_told(plan.get('about'))}; "
+                "choose another folder, or delete this one"
+            )
+        if any(stored.get(name) != plan[name] for name in plan if name not in (REPLACEABLE, "options")):
+            folder = "about" not in plan
+            now = "the source folder now holds" if folder else "this call names"
+            what = "name or size" if folder else "name, class or size"
+            raise UserError(
+                f"{destination} was prepared from {stored.get('sources')} videos, and {now} "
+                f"{plan['sources']} or others, by {what}; choose another folder, or delete this one"
             )
         return
     if any(entry.name != aside(path).name for entry in destination.iterdir()):  # that one is of a call that was cut off here
         raise UserError(f"{destination} holds files that are not shards of prepare; choose an empty or a new folder")
     write_aside(path, json.dumps(plan, indent=2).encode())
+
+
+def _told(about: object) -> str:
+    return "a folder of videos" if about is None else json.dumps(about, ensure_ascii=False)
+
+
+def choose_codec(options: PrepareOptions, destination: Path | None) -> tuple[PrepareOptions, str]:
+    """Options with a codec in the place of ``auto``, and why this one; as they are, without a word, where one is named."""
+    if options.codec != "auto":
+        return options, ""
+    if destination is not None and (begun := _begun_with(destination)):
+        return replace(options, codec=begun), f"codec auto: {begun}, which {destination} was begun with"
+    return replace(options, codec=AUTO), f"codec auto: {AUTO}, {AUTO_REASON}"
+
+
+def _begun_with(destination: Path) -> Any:
+    """The codec of the plan in a folder; None where there is none, or none that makes sense."""
+    try:
+        codec = json.loads((destination / PLAN).read_text(encoding="utf-8"))["options"]["codec"]
+        return codec if codec in CODECS else None
+    except (OSError, ValueError, KeyError, TypeError):  # what is damaged, `check_plan` refuses
+        return None
 
 
 def _is_replaceable(destination: Path) -> bool:
@@ -234,17 +235,17 @@ def _remove_shards(destination: Path) -> None:
 
 
 def prepare(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | SourceSet,
     destination: str | os.PathLike[str],
     options: PrepareOptions | None = None,
     *,
     replace: bool = False,
     console: Console | None = None,
 ) -> PrepareReport:
-    """Turn a folder of videos into a shard set; call again after an interruption to go on.
+    """Turn videos into a shard set; call again after an interruption to go on.
 
     Args:
-        source: folder of videos; sub-folders of it are the classes.
+        source: folder of videos, whose sub-folders are the classes; or any sources.
         destination: folder of the shards.
         options: sizes, codec, workers.
         replace: remove shards of other sources or options rather than refuse the folder, if they were prepared so themselves.
@@ -255,10 +256,10 @@ def prepare(
             could be used.
     """
     options, console = options or PrepareOptions(), console or Console()
-    root, destination = Path(source), Path(destination)
-    workers = options.workers or _processors()
+    destination = Path(destination)
+    workers = options.workers or processors()
     require_workers(workers)
-    sources = shuffle(find_sources(root), options.seed)
+    sources = source if isinstance(source, SourceSet) else find_sources(Path(source), options.suffixes)
     if destination.exists() and not destination.is_dir():
         raise UserError(f"{destination} is a file; name a folder for the shards")
     try:
@@ -267,11 +268,14 @@ def prepare(
         raise UserError(f"{destination} cannot be made a folder ({error.strerror}); name another one for the shards") from error
     try:
         with sole_use(destination):
+            options, reason = choose_codec(options, destination)
             plan = plan_of(sources, options) | ({REPLACEABLE: True} if replace else {})
             if replace and _is_replaceable(destination) and not _continues(destination, plan):
                 _remove_shards(destination)
             check_plan(destination, plan)
-            return _prepare(root, destination, sources, options, workers, console)
+            if reason:
+                console.print(escape(reason), soft_wrap=True, highlight=False)
+            return _prepare(destination, sources, options, workers, console)
     except InUse as error:
         raise UserError(f"another prepare is writing to {destination}; wait for it, or stop it") from error
     except OSError as error:
@@ -281,32 +285,50 @@ def prepare(
         ) from error
 
 
-def _processors() -> int:
+def processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _prepare(
-    root: Path, destination: Path, sources: list[Source], options: PrepareOptions, workers: int, console: Console
-) -> PrepareReport:
+def shards_of(sources: SourceSet, options: PrepareOptions) -> list[list[Source]]:
+    """Which sources go into which shard; those whose files are missing go into none."""
+    present, size = shuffle(sources.present, options.seed), options.samples_per_shard
+    return [present[start : start + size] for start in range(0, len(present), size)]
+
+
+def standing_shards(sources: SourceSet, destination: Path, options: PrepareOptions) -> int:
+    """How many shards of these sources stand in a folder already; writes nothing.
+
+    Raises:
+        UserError: a folder that `prepare` would refuse.
+    """
+    if destination.exists() and not destination.is_dir():
+        raise UserError(f"{destination} is a file; name a folder for the shards")
+    if not destination.is_dir() or all(entry.name == aside(destination / PLAN).name for entry in destination.iterdir()):
+        return 0
+    check_plan(destination, plan_of(sources, choose_codec(options, destination)[0]))
+    return sum(_is_whole(_tar(destination, number)) for number in range(len(shards_of(sources, options))))
+
+
+def _prepare(destination: Path, sources: SourceSet, options: PrepareOptions, workers: int, console: Console) -> PrepareReport:
     """Write the shards that are missing, then report and manifest."""
-    classes = sorted({entry.class_name for entry in sources if entry.class_name is not None})
-    size = options.samples_per_shard
-    shards = [sources[start : start + size] for start in range(0, len(sources), size)]
+    numbers = {name: number for number, name in enumerate(sources.classes)}
+    shards = shards_of(sources, options)
+    size, total = options.samples_per_shard, sum(map(len, shards))
     missing = [number for number in range(len(shards)) if not _is_whole(_tar(destination, number))]
-    done = len(sources) - sum(len(shards[number]) for number in missing)
+    done = total - sum(len(shards[number]) for number in missing)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not missing) as progress:
-        bar = progress.add_task(f"preparing {escape(destination.name)}", total=len(sources), completed=done, note="")
+        bar = progress.add_task(f"preparing {escape(destination.name)}", total=total, completed=done, note="")
         skipped = 0
-        with contextlib.closing(_convert_in_order(root, shards, missing, options, workers)) as outcomes:
+        with contextlib.closing(_convert_in_order(shards, missing, options, workers)) as outcomes:
             for number in missing:
                 writer = ShardWriter(destination, _name(number), options.codec)
                 rows = []
                 try:
                     for place, entry in enumerate(shards[number]):
-                        row = _store(writer, entry, number * size + place, next(outcomes), classes, options.fps)
+                        row = _store(writer, entry, number * size + place, next(outcomes), numbers, options)
                         rows.append(row)
                         skipped += row["status"] == "skipped"
                         progress.update(bar, advance=1, note=f"{skipped} skipped" if skipped else "")
@@ -314,7 +336,7 @@ def _prepare(
                 except BaseException:
                     writer.abandon()
                     raise
-    return _finish(destination, len(shards), classes, options, converted_now=len(sources) - done)
+    return _finish(destination, len(shards), sources, options, converted_now=total - done)
 
 
 def _name(number: int) -> str:
@@ -333,8 +355,25 @@ def _is_whole(tar: Path) -> bool:
         return False
 
 
+def convert_task(source: Source, options: PrepareOptions) -> ConvertTask:
+    """What a worker is to do with a source."""
+    return ConvertTask(
+        path=source.path,
+        codec=options.codec,
+        fps=options.fps,
+        short_side=options.short_side,
+        sample_rate=options.sample_rate,
+        min_seconds=options.min_seconds,
+        quality=options.encoder_quality,
+        start=source.start,
+        end=source.end,
+        without_sound=options.missing_audio == "keep-as-video-only",
+        without_picture=options.missing_video == "keep-as-audio-only",
+    )
+
+
 def _convert_in_order(
-    root: Path, shards: list[list[Source]], missing: list[int], options: PrepareOptions, workers: int
+    shards: list[list[Source]], missing: list[int], options: PrepareOptions, workers: int
 ) -> Generator[Outcome, None, None]:
     """Outcomes of all sources of the missing shards, in their order; conversion runs ahead by a bounded number."""
     returned = 0
@@ -346,15 +385,7 @@ def _convert_in_order(
                 while given - returned >= AHEAD + workers:
                     yield PAUSE
                 given += 1
-                yield ConvertTask(
-                    path=str(root / entry.name),
-                    codec=options.codec,
-                    fps=options.fps,
-                    short_side=options.short_side,
-                    sample_rate=options.sample_rate,
-                    min_seconds=options.min_seconds,
-                    quality=options.encoder_quality,
-                )
+                yield convert_task(entry, options)
 
     waiting: dict[int, Outcome] = {}
     converting = run_tasks("xkd_fast.data.convert:convert", tasks(), workers=workers, seconds=options.seconds_per_file)
@@ -368,7 +399,7 @@ def _convert_in_order(
 
 
 def _store(
-    writer: ShardWriter, source: Source, number: int, outcome: Outcome, classes: list[str], fps: float
+    writer: ShardWriter, source: Source, number: int, outcome: Outcome, numbers: dict[str, int], options: PrepareOptions
 ) -> dict[str, Any]:
     """Write a source's sample, if it gave one; returns its row of the report."""
     row: dict[str, Any] = dict.fromkeys(REPORT_COLUMNS, "") | {"source": source.name, "status": "skipped"}
@@ -380,10 +411,12 @@ def _store(
         return row | {"reason": result.reason, "detail": result.detail}
     assert isinstance(result, Converted)
     key = f"{number:08d}"
+    labels = sorted(numbers[name] for name in source.classes)
+    seconds = result.samples / options.sample_rate if result.video is None else result.frames / options.fps
     writer.add(
         NewSample(
             key=key,
-            label=classes.index(source.class_name) if source.class_name is not None else -1,
+            label=labels[0] if len(labels) == 1 else -1,
             video=result.video,
             audio=result.audio,
             frames=result.frames,
@@ -391,21 +424,25 @@ def _store(
             height=result.height,
             width=result.width,
             details={
-                "class": source.class_name,
+                "class": source.classes[0] if len(labels) == 1 else None,
+                "classes": list(source.classes),
                 "source": source.name,
-                "duration": result.frames / fps,
+                "duration": seconds,
                 "offset": result.audio_offset,
             },
+            labels=tuple(labels) if len(labels) > 1 else (),
         )
     )
-    return row | {"status": "written", "key": key, "shard": writer.path.name, "frames": result.frames}
+    lacking = WITHOUT_VIDEO if result.video is None else WITHOUT_AUDIO if result.audio is None else ""
+    return row | {"status": "written", "detail": lacking, "key": key, "shard": writer.path.name, "frames": result.frames}
 
 
 def _finish(
-    destination: Path, shards: int, classes: list[str], options: PrepareOptions, *, converted_now: int
+    destination: Path, shards: int, sources: SourceSet, options: PrepareOptions, *, converted_now: int
 ) -> PrepareReport:
     """Write report and manifest from the shards' indexes; the manifest comes last and makes the set whole."""
-    rows: list[dict[str, Any]] = []
+    absent = {"status": "skipped", "reason": "missing", "detail": "there is no such file"}
+    rows = [dict.fromkeys(REPORT_COLUMNS, "") | absent | {"source": source.name} for source in sources.missing]
     entries = []
     for number in range(shards):
         tar = _tar(destination, number)
@@ -423,17 +460,21 @@ def _finish(
     if written == 0:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
         raise UserError(f"none of {len(rows)} videos could be used: {reasons}; see {destination / REPORT}")
+    lacking = Counter(row["detail"] for row in rows if row["status"] == "written")
     manifest = {
         "format": FORMAT,
         "codec": options.codec,
         "fps": options.fps,
         "short_side": options.short_side,
         "sample_rate": options.sample_rate,
-        "classes": classes,
+        "classes": sources.classes,
+        **({"about": sources.about} if sources.about else {}),
         "samples": written,
+        "without_audio": lacking[WITHOUT_AUDIO],
+        "without_video": lacking[WITHOUT_VIDEO],
         "shards": entries,
         "skipped": dict(sorted(skipped.items())),
         "options": options.content(),
     }
     write_aside(destination / MANIFEST, json.dumps(manifest, indent=2).encode())
-    return PrepareReport(written, skipped, shards, converted_now)
+    return PrepareReport(written, skipped, shards, converted_now, lacking[WITHOUT_AUDIO], lacking[WITHOUT_VIDEO])

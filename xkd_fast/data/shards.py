@@ -1,8 +1,12 @@
 """Shards: tar files of encoded samples, each with an index of byte ranges and checksums beside it.
 
 A shard set is a directory of ``manifest.json`` and, per shard, ``shard-000000.tar`` and ``shard-000000.index.json``. A tar
-holds ``KEY.mp4`` or ``KEY.avi``, ``KEY.flac`` and ``KEY.json`` per sample, one after the other, so any reader of the WebDataset
-format can stream it; the index says where each member's bytes lie, so any sample can be read alone, from any thread.
+holds ``KEY.avi``, ``.mp4``, ``.webm``, ``.mosaic`` or ``.yuv`` (by the set's codec, `xkd_fast.data.video_codecs`), ``KEY.flac``
+and ``KEY.json`` per sample, one after the other, so any reader of the WebDataset format can stream it; the index says where
+each member's bytes lie, so any sample can be read alone, from any thread.
+
+A sample without picture or without sound has no such member, and null in its place in the index. A sample of several classes
+has label -1 and all their numbers as ``labels``.
 """
 
 from __future__ import annotations
@@ -22,12 +26,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xkd_fast.data.video_codecs import CODECS
 from xkd_fast.errors import UserError
 from xkd_fast.files import aside, write_aside
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-VIDEO_SUFFIX = {"mjpeg": "avi", "h264": "mp4"}
 PARTS = ("video", "audio", "json")
 MAX_OPEN_FILES = 128
 
@@ -41,7 +45,7 @@ class SampleRecord:
     """What the index knows of a sample."""
 
     key: str
-    label: int  # class number in the shard set, -1 = none
+    label: int  # class number in the shard set, -1 = none or several
     frames: int
     samples: int  # of audio
     height: int  # pixels
@@ -55,8 +59,8 @@ class EncodedSample:
 
     key: str
     label: int
-    video: NDArray[np.uint8]  # bytes of a video file
-    audio: NDArray[np.uint8]  # bytes of a FLAC file
+    video: NDArray[np.uint8]  # bytes of a video file; none where the sample has no picture
+    audio: NDArray[np.uint8]  # bytes of a FLAC file; none where it has no sound
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,15 @@ class NewSample:
     """A sample to be written."""
 
     key: str
-    label: int
-    video: bytes
-    audio: bytes
+    label: int  # -1 = none or several
+    video: bytes | None  # None = no picture; then frames, height and width are 0
+    audio: bytes | None  # None = no sound; then samples is 0
     frames: int
     samples: int  # of audio
     height: int
     width: int
     details: dict[str, Any] = field(default_factory=dict)  # also in KEY.json: source, class, duration, …
+    labels: tuple[int, ...] = ()  # of a sample of several classes; otherwise empty
 
 
 def index_path(tar: Path) -> Path:
@@ -86,14 +91,14 @@ class ShardWriter:
         """``name`` without suffix, such as ``shard-000000``."""
         self.path = directory / f"{name}.tar"
         self._aside = aside(self.path)
-        self._suffixes = dict(zip(PARTS, (VIDEO_SUFFIX[codec], "flac", "json"), strict=True))
+        self._suffixes = dict(zip(PARTS, (CODECS[codec].suffix, "flac", "json"), strict=True))
         self._file = open(self._aside, "wb")  # noqa: SIM115
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self._rows: list[dict[str, Any]] = []
 
     def add(self, sample: NewSample) -> None:
         """Append a sample."""
-        row = {
+        row: dict[str, Any] = {
             "key": sample.key,
             "label": sample.label,
             "frames": sample.frames,
@@ -101,8 +106,13 @@ class ShardWriter:
             "height": sample.height,
             "width": sample.width,
         }
+        if sample.labels:
+            row["labels"] = list(sample.labels)
         details = json.dumps({**row, **sample.details}).encode()
         for part, data in zip(PARTS, (sample.video, sample.audio, details), strict=True):
+            if data is None:
+                row[part] = None
+                continue
             member = tarfile.TarInfo(f"{sample.key}.{self._suffixes[part]}")
             member.size = len(data)
             row[part] = [self._tar.offset + tarfile.BLOCKSIZE, len(data), zlib.crc32(data)]
@@ -166,11 +176,13 @@ class _Table:
     keys: list[str]
     columns: dict[str, NDArray[np.int64]]  # label, frames, samples, height, width: [N]
     ranges: NDArray[np.int64]  # [N, 3 parts, (offset, size, crc)]
+    several: dict[int, list[int]]  # labels of the samples that have several
     shard: NDArray[np.int64]  # [N] number of the tar
     tars: list[Path]
 
 
 COLUMNS = ("label", "frames", "samples", "height", "width")
+ABSENT = (-1, 0, 0)  # the range of a part that a sample has not
 
 
 def _read_directory(directory: Path) -> _Table:
@@ -199,7 +211,8 @@ def _read_table(directory: Path, manifest: dict[str, Any]) -> _Table:
     classes = [str(name) for name in manifest["classes"]]
     keys: list[str] = []
     rows: list[list[int]] = []
-    ranges: list[list[list[int]]] = []
+    ranges: list[list[Sequence[int]]] = []
+    several: dict[int, list[int]] = {}
     shard: list[int] = []
     tars: list[Path] = []
     for number, entry in enumerate(manifest["shards"]):
@@ -210,14 +223,21 @@ def _read_table(directory: Path, manifest: dict[str, Any]) -> _Table:
             raise UserError(f"{tar} {found}, but its manifest says {entry['bytes']} bytes; {AGAIN}")
         samples = _read_index(index_path(tar), entry)
         for row in samples:
-            for offset, length, _ in (row[part] for part in PARTS):
+            parts = [row[part] for part in PARTS]
+            if parts[-1] is None or parts[:-1] == [None, None]:
+                raise ValueError(f"sample {row['key']} of {tar.name} has neither picture nor sound, or no description")
+            for offset, length, _ in filter(None, parts):
                 if offset < 0 or length < 0 or offset + length > size:
                     raise ValueError(f"sample {row['key']} of {tar.name} lies outside the tar")
             if not -1 <= row["label"] < len(classes):
                 raise ValueError(f"sample {row['key']} of {tar.name} has label {row['label']} of {len(classes)} classes")
+            if "labels" in row:
+                if row["label"] != -1 or not all(0 <= label < len(classes) for label in row["labels"]):
+                    raise ValueError(f"sample {row['key']} of {tar.name} has labels {row['labels']} of {len(classes)} classes")
+                several[len(keys)] = row["labels"]
             keys.append(row["key"])
             rows.append([row[name] for name in COLUMNS])
-            ranges.append([row[part] for part in PARTS])
+            ranges.append([ABSENT if part is None else part for part in parts])
         shard += [number] * len(samples)
         tars.append(tar)
     columns = np.array(rows, np.int64).reshape(-1, len(COLUMNS))
@@ -229,6 +249,7 @@ def _read_table(directory: Path, manifest: dict[str, Any]) -> _Table:
         keys,
         {name: columns[:, place] for place, name in enumerate(COLUMNS)},
         np.array(ranges, np.int64).reshape(-1, len(PARTS), 3),
+        several,
         np.array(shard, np.int64),
         tars,
     )
@@ -253,9 +274,11 @@ class ShardSet:
 
     Attributes:
         codec, fps, sample_rate: of all samples.
-        classes: class names, sorted; a label is a place in it.
+        classes: class names, in the order of their numbers: the one they were prepared with, or sorted where sets are
+            used together that were prepared with others; a label is a place in it.
         keys: [N] sample keys.
-        labels, frames, samples, heights, widths: [N] int64.
+        labels, frames, samples, heights, widths: [N] int64; the label of a sample of several classes is -1, as of none.
+        has_video, has_audio: [N] bool, whether a sample has a picture, a sound.
         crc32: of all that, of every sample's bytes and of their order; not of where the shards lie.
     """
 
@@ -272,21 +295,32 @@ class ShardSet:
         self.codec: str = first.codec
         self.fps: float = first.fps
         self.sample_rate: int = first.sample_rate
-        self.classes: list[str] = sorted({name for table in tables for name in table.classes})
+        self.classes: list[str] = first.classes
+        if any(table.classes != first.classes for table in tables):
+            self.classes = sorted({name for table in tables for name in table.classes})
         number = {name: place for place, name in enumerate(self.classes)}
         labels = []
+        self._several: dict[int, tuple[int, ...]] = {}
+        before = 0
         for table in tables:
             mapping = np.array([number[name] for name in table.classes] + [-1], np.int64)  # -1 is the last place
             labels.append(mapping[table.columns["label"]])
+            for place, several in table.several.items():
+                self._several[before + place] = tuple(sorted(mapping[several].tolist()))
+            before += len(table.keys)
         self.labels: NDArray[np.int64] = np.concatenate(labels)
         self.frames, self.samples, self.heights, self.widths = (
             np.concatenate([table.columns[name] for table in tables]) for name in COLUMNS[1:]
         )
         self.keys: list[str] = [key for table in tables for key in table.keys]
         self._ranges = np.concatenate([table.ranges for table in tables])
+        self.has_video: NDArray[np.bool_] = self._ranges[:, 0, 0] >= 0
+        self.has_audio: NDArray[np.bool_] = self._ranges[:, 1, 0] >= 0
         details = np.stack([self.labels, self.frames, self.samples, self.heights, self.widths])
         names = "\n".join([*self.keys, *self.classes]).encode("utf-8", "surrogateescape")
         self.crc32: int = zlib.crc32(self._ranges.tobytes(), zlib.crc32(details.tobytes(), zlib.crc32(names)))
+        if self._several:
+            self.crc32 = zlib.crc32(json.dumps(sorted(self._several.items())).encode(), self.crc32)
         starts = np.cumsum([0, *(len(table.tars) for table in tables)])
         self._shard = np.concatenate([table.shard + start for table, start in zip(tables, starts, strict=False)])
         self._tars = [tar for table in tables for tar in table.tars]
@@ -320,8 +354,18 @@ class ShardSet:
             shard=str(self._tars[self._shard[index]]),
         )
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether a sample has several classes."""
+        return bool(self._several)
+
+    @property
+    def label_sets(self) -> list[tuple[int, ...]]:
+        """[N] class numbers of every sample, ascending: none, one, or several."""
+        return [self._several.get(index, (label,) if label >= 0 else ()) for index, label in enumerate(self.labels.tolist())]
+
     def read(self, index: int) -> EncodedSample:
-        """A sample's encoded video and audio.
+        """A sample's encoded video and audio, either of them empty where it has none.
 
         Raises:
             CorruptSampleError: naming shard and key, if the bytes do not have the checksum they were written with.
@@ -346,6 +390,8 @@ class ShardSet:
 
     def _read_part(self, index: int, part: int) -> NDArray[np.uint8]:
         offset, size, expected = (int(number) for number in self._ranges[index, part])
+        if offset < 0:
+            return np.empty(0, np.uint8)
         number = int(self._shard[index])
         try:
             data = self._file(number).read(offset, size)

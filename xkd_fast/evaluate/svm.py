@@ -16,7 +16,8 @@ import platform
 import shlex
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -204,6 +205,12 @@ def open_samples(path: Path, classes: list[str] | None) -> tuple[Samples, list[s
     """
     shards = ShardSet.open(path)
     labels = np.asarray(shards.labels, dtype=np.int64)
+    several = sum(len(found) > 1 for found in shards.label_sets)
+    _require(
+        several == 0,
+        f"{several} of {len(labels)} samples in {path} have several classes, and an "
+        "SVM tells one from another; evaluate on a set with one class a sample",
+    )
     missing = np.flatnonzero(labels < 0)
     _require(
         len(missing) == 0,
@@ -246,6 +253,25 @@ def train_and_test(options: SvmOptions) -> tuple[Samples, Samples, list[str]]:
     )
     _require(not unseen, f"{options.test_data} tests classes without a training sample in {options.data}: {', '.join(unseen)}")
     return train, test, classes
+
+
+def present_modalities(asked: Sequence[str], train: Samples, test: Samples) -> tuple[tuple[str, ...], list[str]]:
+    """The kinds of features that every sample has, of those asked for; and sentences on the others.
+
+    Raises:
+        UserError: none is left.
+    """
+    both = [train, test]
+    count = sum(len(samples.numbers) for samples in both)
+    silent = sum(int((~samples.shards.has_audio[samples.numbers]).sum()) for samples in both)
+    blind = sum(int((~samples.shards.has_video[samples.numbers]).sum()) for samples in both)
+    lacking = {"video": blind, "audio": silent, "both": max(blind, silent)}
+    kept = tuple(name for name in asked if not lacking[name])
+    told = [f"{number} of {count} samples have no {what}" for what, number in (("sound", silent), ("picture", blind)) if number]
+    left_out = [name for name in asked if lacking[name]]
+    reason = f"{' and '.join(left_out)} cannot be evaluated: {' and '.join(told)}"
+    _require(bool(kept), f"{reason}; ask for others with --modalities, or prepare samples that have both")
+    return kept, [reason] if left_out else []
 
 
 # ------------------------------------------------------------------------------------------------------------------ the SVM
@@ -363,6 +389,8 @@ def evaluate_svm(options: SvmOptions, *, console: Console | None = None) -> SvmR
     train, test, classes = train_and_test(options)
     for samples in (train, test):
         check_clips(trained, samples.shards)
+    modalities, left_out = present_modalities(options.modalities, train, test)
+    options = replace(options, modalities=modalities)
     with progress_bar(console) as progress:
         train_features = features_of(trained, train, options, progress, "training clips", random=True)
         test_features = features_of(trained, test, options, progress, "test clips", random=False)
@@ -381,7 +409,7 @@ def evaluate_svm(options: SvmOptions, *, console: Console | None = None) -> SvmR
         model={"file": str(trained.file), "step": trained.step, "seed": config.seed, "options": config.as_dict()["model"]},
         versions=installed_versions(),
         seconds=round(time.perf_counter() - start, 1),
-        notes=notes_on(results, train, classes),
+        notes=left_out + notes_on(results, train, classes),
     )
     if options.output is not None:
         write_report(report, options.output / "svm.json")
@@ -414,6 +442,7 @@ def features_of(
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     task = progress.add_task(title, total=per_sample * len(samples.numbers))
     config = trained.config
+    modalities = [name for name in ("video", "audio") if name in options.modalities or "both" in options.modalities]
     batches = clips(
         samples.shards,
         config.model,
@@ -424,11 +453,12 @@ def features_of(
         random=random,
         seed=options.seed,
         samples=samples.numbers.tolist(),
+        modalities=modalities,
     )
     return extract_features(
         trained.model.to(device),
         options.network,
-        [name for name in ("video", "audio") if name in options.modalities or "both" in options.modalities],
+        modalities,
         batches,
         device=device,
         progress=lambda count: progress.advance(task, count),
