@@ -78,7 +78,7 @@ WRONG_INPUT = [
     (("train", "--config", "xkd_base_k400", "model.video.size=113"), "model.video.size = 113 must be a positive multiple of"),
     (("prepare", "{tmp}", "{tmp}/shards"), "holds no video; files with one of these endings count"),
     (("prepare", "{tmp}/nowhere", "{tmp}/shards"), "nowhere is not a folder; name the folder that holds the videos"),
-    (("prepare", "{tmp}", "{tmp}/shards", "--quality", "99"), "quality = 99 must lie in 2-31 for mjpeg"),
+    (("prepare", "{tmp}", "{tmp}/shards", "--codec", "mjpeg", "--quality", "99"), "quality = 99 must lie in 2-31 for mjpeg"),
     (("render", "{root}"), "so it was not rendered by xkd-fast; choose an empty folder"),
     (("render", "{tmp}", "--clips-per-class", "0"), "clips_per_class = 0 must be 1 or more"),
     (("render", "{root}/setup.py"), "setup.py cannot be made a folder (File exists); name another one for the clips"),
@@ -284,7 +284,7 @@ def test_doctor_reads_shards_through(tmp_path, capsys):
     assert "8 samples read, 0 damaged" in capsys.readouterr().out
     sound, picture, both = ShardSet.open(folders[0]).keys[1:]
     flip_a_bit(folders[0], sound, "flac")
-    flip_a_bit(folders[1], picture, "avi")
+    flip_a_bit(folders[1], picture, "mosaic")
     for folder in folders:
         flip_a_bit(folder, both, "flac")
     assert cli.main(examine) == 1
