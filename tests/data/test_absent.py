@@ -205,3 +205,12 @@ def test_every_codec_keeps_what_is_there(world: SimpleNamespace, tmp_path: Path,
     expected = list(clips(ShardSet.open(world.shards / "mute"), *sizes, per_sample=1, batch_size=8, modalities=("video",)))
     assert len(shards) == 8 and not shards.has_audio.any()
     torch.testing.assert_close(found[0].views.video_global, expected[0].views.video_global, atol=0.1, rtol=0)
+
+
+def test_sounds_alone_know_no_codec(world: SimpleNamespace, tmp_path: Path) -> None:
+    """Red if sounds are refused for a codec that no sample of theirs is in."""
+    run(world.root / "sounds", tmp_path / "shards", codec="h264", **KEEP)
+    config = world.config
+    sizes = (config.model, config.mel, config.data)
+    (found,) = clips(ShardSet.open(tmp_path / "shards"), *sizes, per_sample=1, batch_size=8, modalities=("audio",))
+    assert found.views.audio_global.isfinite().all()
