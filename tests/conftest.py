@@ -6,12 +6,24 @@ Without a GPU kernels are interpreted, so that the tests run the very same code.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def single_rank() -> Iterator[None]:
+    """A process group of one."""
+    from xkd_fast.engine.launch import free_port
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -18,7 +18,6 @@ import torch
 
 import tests.replay_golden
 import xkd_fast.reference
-from tests.engine.test_launch import single_rank  # noqa: F401 (a fixture that its tests ask for)
 from tests.tiny import random_batch, tiny_options
 
 REFERENCE, REPLAY = Path(xkd_fast.reference.__file__), Path(tests.replay_golden.__file__)

@@ -76,6 +76,7 @@ def coded(pix_fmt: str, codec: str, pictures: list[NDArray[np.uint8]] = SECOND) 
     sound_codec = {"webm": "libopus", "mp4": "aac"}
 
     def make(path: Path) -> None:
+        scheduling = os.sched_getscheduler(0), os.sched_getparam(0)
         write_video(
             path,
             [in_format(picture, pix_fmt) for picture in pictures],
@@ -85,6 +86,7 @@ def coded(pix_fmt: str, codec: str, pictures: list[NDArray[np.uint8]] = SECOND) 
             pix_fmt=pix_fmt,
             setup=spacious if codec == "libvpx" else None,
         )
+        os.sched_setscheduler(0, *scheduling)  # SVT-AV1 gives its caller, run by root, real-time priority, and so all children
 
     return make
 
