@@ -284,7 +284,7 @@ def test_doctor_reads_shards_through(tmp_path, capsys):
     assert "8 samples read, 0 damaged" in capsys.readouterr().out
     sound, picture, both = ShardSet.open(folders[0]).keys[1:]
     flip_a_bit(folders[0], sound, "flac")
-    flip_a_bit(folders[1], picture, "mosaic")
+    flip_a_bit(folders[1], picture, "avi")
     for folder in folders:
         flip_a_bit(folder, both, "flac")
     assert cli.main(examine) == 1

@@ -237,7 +237,7 @@ def test_from_a_release_to_shards(
     expected = {
         source.name: tuple(sorted(sources.classes.index(label) for label in source.classes)) for source in sources.present
     }
-    assert {stored.details(index)["source"]: stored.label_sets[index] for index in range(len(stored))} == expected
+    assert {stored.details(index)["source"]: stored.labels_of(index) for index in range(len(stored))} == expected
     manifest = json.loads((shards / MANIFEST).read_text())
     assert manifest["about"]["dataset"] == name and manifest["about"]["split"] == split
     sounds, mute = name in ("esc50", "fsd50k"), name in ("ucf101", "hmdb51")

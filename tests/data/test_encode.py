@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from tests.data.media import PEAK, noise, number_of, numbered
 from xkd_fast.data.decode import ClipDecoder, DecodeRequest, UndecodableError
 from xkd_fast.data.encode import VideoEncoder, encode_flac, encode_video
-from xkd_fast.data.packed import PackedError, mosaic_grid, parse_mosaic, parse_yuv
+from xkd_fast.data.packed import PackedError, mosaic_grid, pack_mosaic, parse_mosaic, parse_yuv
 from xkd_fast.data.video_codecs import CODECS, CPU_CODECS, encoder_quality
 
 SOUND = np.frombuffer(encode_flac(noise(0.5), 16000), np.uint8)
@@ -226,6 +228,25 @@ def damaged_headers(codec: str) -> Iterator[tuple[str, bytes]]:
     for name, place in places.items():
         for value in (0, 1, 3, 2**31, 2**32 - 1):
             yield f"{name} = {value}", good[:place] + struct.pack("<I", value) + good[place + 4 :]
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9"])
+def test_streams_tell_their_matrix_and_range(codec: str) -> None:
+    """Red if they do not: players, and decoders of GPUs, take untagged pictures of 720 lines and more for BT.709."""
+    with av.open(io.BytesIO(encoded(scene(2, 36, 50), codec).tobytes())) as container:
+        frame = next(container.decode(video=0))
+    assert (int(frame.colorspace), int(frame.color_range)) == (5, 1)  # BT.470BG, which is BT.601's matrix; limited
+
+
+def test_a_header_that_asks_for_all_memory_is_damage() -> None:
+    """Red if a sample that claims to be huge ends the run."""
+    good = encoded(scene(20, 36, 50), "mosaic")
+    jpegs = parse_mosaic(good).jpegs
+    huge = np.frombuffer(pack_mosaic(20, 65520, 65520, (1, 1), [jpegs[0].tobytes()] * 20), np.uint8)  # of 240 GiB
+    decoder = ClipDecoder(2, 1, "mosaic")
+    with pytest.raises(UndecodableError) as caught:
+        decoder([DecodeRequest("a", good, SOUND, 0, 20), DecodeRequest("b", huge, SOUND, 0, 20)])
+    assert list(caught.value.reasons) == [1]
 
 
 @pytest.mark.parametrize("codec", ["mosaic", "yuv"])

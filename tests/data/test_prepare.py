@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -146,6 +147,16 @@ def test_the_report_of_a_call(mixed: Path, prepared: Path, tmp_path: Path) -> No
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").glob("*.tar")}
 
 
+def test_a_log_is_told_how_far_it_is(mixed: Path, tmp_path: Path) -> None:
+    """Would catch silence for hours where standard error is a file, and a line for every source."""
+    told = io.StringIO()
+    prepare(mixed, tmp_path / "shards", SMALL, console=Console(file=told))
+    lines = told.getvalue().splitlines()
+    assert len(lines) == 10 and lines[-1] == "preparing shards: 20 of 20, 4 skipped"
+    for number, line in enumerate(lines[:-1], start=1):
+        assert re.fullmatch(rf"preparing shards: {2 * number} of 20, [0-4] skipped, about 0:\d\d:\d\d left", line)
+
+
 @pytest.mark.parametrize("workers", [2, 3])
 def test_shards_do_not_depend_on_the_number_of_workers(mixed: Path, prepared: Path, tmp_path: Path, workers: int) -> None:
     """Would catch samples stored in the order in which they happen to be ready."""
@@ -189,7 +200,7 @@ def test_names_of_every_kind(media: Path, tmp_path: Path) -> None:
     source = place(media, tmp_path / "videos", dict.fromkeys(names, "good"))
     shown = io.StringIO()
     assert prepare(source, tmp_path / "[red]", SMALL, console=Console(file=shown, width=200)).written == len(names)
-    assert "preparing [red] " in shown.getvalue()
+    assert "preparing [red]" in shown.getvalue()
     rows, shards = report_rows(tmp_path / "[red]"), ShardSet.open(tmp_path / "[red]")
     assert set(rows) == {name.encode("utf-8", "backslashreplace").decode() for name in names}
     assert {row["status"] for row in rows.values()} == {"written"}
@@ -210,6 +221,8 @@ def test_which_files_count(media: Path, tmp_path: Path) -> None:
     found = find_sources(source)
     assert found.sources == [Source(name, str(source / name), classes, size=size) for name, classes in expected.items()]
     assert found.classes == ["a"] and found.about == {}
+    (warning,) = found.warnings
+    assert "2 files of" in warning and "1 .txt" in warning and "1 without one" in warning
     assert {".mp4", ".webm", ".mkv", ".avi", ".mov"} <= VIDEO_SUFFIXES
 
 
@@ -306,6 +319,16 @@ def test_other_sources_are_refused(media: Path, tmp_path: Path) -> None:
         file.write(b"longer")
     with pytest.raises(UserError, match="now holds 3 or others, by name or size"):
         run(source, tmp_path / "more")
+
+
+def test_shards_of_another_converter_are_not_gone_on_with(mixed: Path, prepared: Path, tmp_path: Path) -> None:
+    """Would catch a set of which one half was made by a version with other colours or sound than the other half."""
+    shutil.copytree(prepared, tmp_path / "shards")
+    plan = json.loads((prepared / PLAN).read_text())
+    del plan["converter"]  # as of the versions before it was noted
+    (tmp_path / "shards" / PLAN).write_text(json.dumps(plan))
+    with pytest.raises(UserError, match=r"was prepared by another version.*can be trained on as it is.*choose another folder"):
+        run(mixed, tmp_path / "shards")
 
 
 @pytest.mark.parametrize("plan", ["[]", "{", "{}", '{"format": 1}', '{"format": 1, "options": 3}', '{"format": 9}'])

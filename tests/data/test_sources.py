@@ -73,7 +73,7 @@ def test_a_csv_gives_files_classes_and_parts(media: Path, tmp_path: Path) -> Non
         frames, classes = expected.pop(details["source"])
         assert (int(shards.frames[index]), tuple(details["classes"])) == (frames, classes)
         numbers = tuple(shards.classes.index(name) for name in classes)
-        assert shards.label_sets[index] == numbers
+        assert shards.labels_of(index) == numbers
         assert shards.labels[index] == (numbers[0] if len(numbers) == 1 else -1)
         assert details.get("labels") == (list(numbers) if len(numbers) > 1 else None)
         assert details["class"] == (classes[0] if len(classes) == 1 else None)

@@ -293,6 +293,8 @@ ZOO = [
     Animal("containers/wmv.wmv", W, video(codecs=("wmv2", "mp3"), setup=spacious), 8),
     Animal("containers/flash.flv", W, video(codecs=("flv1", "mp3"), rate=22050, sound=noise(1, 22050)), 8),
     Animal("containers/dvd.mpg", W, mpeg(), 8),
+    Animal("containers/flash.mp4", "unreadable", lambda path: path.write_text("ffconcat version 1.0\nfile 'flash.flv'\n")),
+    Animal("containers/list.mp4", "unreadable", lambda path: path.write_text("#EXTM3U\n#EXTINF:1,\nflash.flv\n")),
     Animal("containers/telephone.3gp", W, h264(), 8),
     Animal("containers/fragments.mp4", W, h264(options={"movflags": "frag_keyframe+delay_moov"}), 8),
     Animal("containers/piped.mkv", W, piped("matroska", ("ffv1", "pcm_s16le")), 8),

@@ -19,6 +19,8 @@ from xkd_fast.errors import UserError
 if TYPE_CHECKING:
     from xkd_fast.data.unpack import Unpacker
 
+FAILURES = (RuntimeError, PackedError, MemoryError)  # of a batch with a sample that cannot be decoded; or is said to be huge
+
 
 def require_cpu_codec(codec: str, name: str) -> None:
     """Refuse shards whose video DALI cannot decode on the CPU.
@@ -159,7 +161,7 @@ class ClipDecoder:
         """
         try:
             clips = self._run(requests)
-        except (RuntimeError, PackedError) as error:
+        except FAILURES as error:
             self._build()  # a failed pipeline makes no promises
             raise self._blame(requests, error) from error
         short = {
@@ -177,7 +179,7 @@ class ClipDecoder:
         for place, request in enumerate(requests):
             try:
                 self._run([request])
-            except (RuntimeError, PackedError) as own:
+            except FAILURES as own:
                 reasons[place] = _reason(own)
                 self._build()
         if reasons:

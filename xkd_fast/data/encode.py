@@ -21,6 +21,7 @@ from xkd_fast.data.read_video import SCALING
 
 FULL_RANGE, LIMITED_RANGE = "yuvj420p", "yuv420p"  # BT.601, chroma of half the height and width
 GREY = 128
+BT601, LIMITED = 5, 1  # as streams name their matrix and range; untagged, 720 lines and more are taken for BT.709
 
 
 class VideoEncoder:
@@ -99,6 +100,7 @@ class _StreamWriter:
             self._stream = self._container.add_stream("libvpx-vp9", rate=self._rate, options=options)
         if codec != "mjpeg":
             self._stream.codec_context.gop_size = max(1, round(fps))
+            self._stream.codec_context.colorspace, self._stream.codec_context.color_range = BT601, LIMITED
         self._stream.pix_fmt = FULL_RANGE if codec == "mjpeg" else LIMITED_RANGE
         self._stream.width, self._stream.height = width, height
         # With more threads the JPEGs get restart markers and are a tenth larger, so the bytes would depend on the machine.

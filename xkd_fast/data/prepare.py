@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import datetime
 import hashlib
 import io
 import json
 import os
+import time
 import zlib
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
@@ -38,7 +40,9 @@ REPLACEABLE = "replaceable"  # in a plan: a later call with replace=True may rem
 REPORT = "report.csv"
 REPORT_COLUMNS = ("source", "status", "reason", "detail", "key", "shard", "frames")
 WITHOUT_AUDIO, WITHOUT_VIDEO = "without audio", "without video"  # details of sources that were written
-AHEAD = 64  # sources converted ahead of a slow one, at most; bounds memory
+CONVERTER = 2  # of the code that turns a source into a sample; another one gives other pictures or sound
+AHEAD = 4096  # sources converted ahead of a slow one, at most,
+AHEAD_BYTES = 512 * 2**20  # and what they may take; both bound memory
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,10 @@ def plan_of(sources: SourceSet, options: PrepareOptions) -> dict[str, Any]:
     """What identifies a run: its options and its sources. A folder is only continued by the same plan."""
     ordered = shuffle(sources.sources, options.seed)
     names = _digest(f"{source.name}\0{source.size}" for source in ordered)
-    plan = {"format": FORMAT, "options": options.content(), "sources": len(ordered), "names_and_sizes": names}
+    plan: dict[str, Any] = {"format": FORMAT, "converter": CONVERTER, "options": options.content()}
+    plan |= {"sources": len(ordered), "names_and_sizes": names}
+    if missing := [source.name for source in ordered if source.missing]:
+        plan["missing"] = _digest(missing)
     if sources.about:  # in a folder the names tell the classes
         labels = _digest("\0".join(source.classes) for source in ordered)
         plan |= {"about": sources.about, "labels": _digest([labels, *sources.classes])}
@@ -163,6 +170,11 @@ def check_plan(destination: Path, plan: dict[str, Any]) -> None:
                 f"{destination} was prepared in format {stored.get('format')!r}, this version writes format {plan['format']}; "
                 "choose another folder, or delete this one"
             )
+        if stored.get("converter", 1) != plan["converter"]:
+            raise UserError(
+                f"{destination} was prepared by another version, whose pictures and sound differ from this one's (a whole set "
+                "can be trained on as it is); choose another folder, or delete this one"
+            )
         options, usual = stored.get("options"), PrepareOptions(codec="mjpeg").content()  # codec and quality were always noted
         for name, value in plan["options"].items():
             earlier = options.get(name, usual[name]) if isinstance(options, dict) else None
@@ -176,7 +188,7 @@ def check_plan(destination: Path, plan: dict[str, Any]) -> None:
                 f"{destination} was prepared from {_told(stored.get('about'))}, this call names {_told(plan.get('about'))}; "
                 "choose another folder, or delete this one"
             )
-        if any(stored.get(name) != plan[name] for name in plan if name not in (REPLACEABLE, "options")):
+        if any(stored.get(name) != plan.get(name) for name in {*plan, "missing"} - {REPLACEABLE, "options"}):
             folder = "about" not in plan
             now = "the source folder now holds" if folder else "this call names"
             what = "name or size" if folder else "name, class or size"
@@ -319,9 +331,10 @@ def _prepare(destination: Path, sources: SourceSet, options: PrepareOptions, wor
     done = total - sum(len(shards[number]) for number in missing)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not missing) as progress:
+    shown = bool(missing) and console.is_terminal
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not shown) as progress:
         bar = progress.add_task(f"preparing {escape(destination.name)}", total=total, completed=done, note="")
-        skipped = 0
+        skipped, plain = 0, _PlainProgress(console, destination.name, done, total)
         with contextlib.closing(_convert_in_order(shards, missing, options, workers)) as outcomes:
             for number in missing:
                 writer = ShardWriter(destination, _name(number), options.codec)
@@ -332,11 +345,30 @@ def _prepare(destination: Path, sources: SourceSet, options: PrepareOptions, wor
                         rows.append(row)
                         skipped += row["status"] == "skipped"
                         progress.update(bar, advance=1, note=f"{skipped} skipped" if skipped else "")
+                        plain.advance(skipped)
                     writer.close({"report": rows})
                 except BaseException:
                     writer.abandon()
                     raise
     return _finish(destination, len(shards), sources, options, converted_now=total - done)
+
+
+class _PlainProgress:
+    """A line at every tenth where the console is no terminal, such as in a log; silent where it is one."""
+
+    def __init__(self, console: Console, name: str, done: int, total: int) -> None:
+        self._console, self._name, self._first, self._done, self._total = console, name, done, done, total
+        self._begun = time.monotonic()
+
+    def advance(self, skipped: int) -> None:
+        """One source more, ``skipped`` of all so far."""
+        self._done += 1
+        if self._console.is_terminal or 10 * self._done // self._total == 10 * (self._done - 1) // self._total:
+            return
+        seconds = (time.monotonic() - self._begun) / (self._done - self._first) * (self._total - self._done)
+        left = f", about {datetime.timedelta(seconds=round(seconds))} left" if self._done < self._total else ""
+        line = f"preparing {self._name}: {self._done} of {self._total}, {skipped} skipped{left}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _name(number: int) -> str:
@@ -375,14 +407,14 @@ def convert_task(source: Source, options: PrepareOptions) -> ConvertTask:
 def _convert_in_order(
     shards: list[list[Source]], missing: list[int], options: PrepareOptions, workers: int
 ) -> Generator[Outcome, None, None]:
-    """Outcomes of all sources of the missing shards, in their order; conversion runs ahead by a bounded number."""
-    returned = 0
+    """Outcomes of all sources of the missing shards, in their order; conversion runs ahead of a slow one, within bounds."""
+    returned = held = 0
 
     def tasks() -> Iterator[Any]:
         given = 0
         for number in missing:
             for entry in shards[number]:
-                while given - returned >= AHEAD + workers:
+                while given - returned >= AHEAD + workers or (held >= AHEAD_BYTES and given > returned):
                     yield PAUSE
                 given += 1
                 yield convert_task(entry, options)
@@ -392,10 +424,17 @@ def _convert_in_order(
     with contextlib.closing(converting):
         for outcome in converting:
             waiting[outcome.index] = outcome
+            held += _bytes(outcome)
             while returned in waiting:
                 ready = waiting.pop(returned)
-                returned += 1
+                returned, held = returned + 1, held - _bytes(ready)
                 yield ready
+
+
+def _bytes(outcome: Outcome) -> int:
+    """What a finished source takes until it is its turn to be written."""
+    result = outcome.result
+    return sum(len(part or b"") for part in (result.video, result.audio)) if isinstance(result, Converted) else 0
 
 
 def _store(

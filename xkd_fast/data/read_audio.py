@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from xkd_fast.data.segment import segment_bounds
 from xkd_fast.data.source_file import Skip, audio_stream, decoded, open_source
 
-AUDIO_GAP = 0.1  # seconds; a longer jump of the sound's time stamps is a pause or an overlap, a shorter one is jitter
+AUDIO_GAP = 0.04  # seconds; a longer jump of the sound's time stamps is a pause or an overlap, a shorter one is jitter
 # FFmpeg's default of 32 taps lets a tone of 8.5 kHz through to 16 kHz at -26 dB; this lets 8.2 kHz through at -94 dB and takes
 # 0.1 dB from 7.5 kHz. One second of sound costs 2-4 ms instead of 1.2.
 RESAMPLING = "filter_size=128:cutoff=0.97"

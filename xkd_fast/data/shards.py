@@ -126,6 +126,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         size = self._file.tell()
         self._file.close()
+        index_path(self.path).unlink(missing_ok=True)  # of a shard that is made again: cut off here, the new one has none
         os.replace(self._aside, self.path)
         index = {"format": FORMAT, "bytes": size, **(extra or {}), "samples": self._rows}
         write_aside(index_path(self.path), json.dumps(index).encode())
@@ -362,7 +363,12 @@ class ShardSet:
     @property
     def label_sets(self) -> list[tuple[int, ...]]:
         """[N] class numbers of every sample, ascending: none, one, or several."""
-        return [self._several.get(index, (label,) if label >= 0 else ()) for index, label in enumerate(self.labels.tolist())]
+        return [self.labels_of(index) for index in range(len(self))]
+
+    def labels_of(self, index: int) -> tuple[int, ...]:
+        """A sample's class numbers, ascending: none, one, or several."""
+        label = int(self.labels[index])
+        return self._several.get(index, (label,) if label >= 0 else ())
 
     def read(self, index: int) -> EncodedSample:
         """A sample's encoded video and audio, either of them empty where it has none.

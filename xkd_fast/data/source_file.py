@@ -43,14 +43,21 @@ class Skip(Exception):
         self.skipped = Skipped(reason, detail)
 
 
+PLAYLISTS = ("concat", "dash", "hls", "imf", "webm_dash_manifest")  # containers that name other files
+
+
 def open_source(path: str) -> Any:
     """An input container of PyAV.
 
     Raises:
-        av.error.FFmpegError, OSError, ValueError: it is no media file.
+        av.error.FFmpegError, OSError, ValueError: it is no media file, or one that names others in its place.
     """
     # an absolute path: FFmpeg would take "http:x.mp4" for an address
-    return av.open(os.path.abspath(path), metadata_errors="replace")
+    container = av.open(os.path.abspath(path), metadata_errors="replace", options={"protocol_whitelist": "file"})
+    if not set(container.format.name.split(",")).isdisjoint(PLAYLISTS):
+        container.close()
+        raise ValueError("a list of other files, which are sources of their own")
+    return container
 
 
 def video_stream(container: Any) -> Any | None:

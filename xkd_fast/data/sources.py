@@ -10,6 +10,7 @@ import csv
 import io
 import math
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import Any
 from xkd_fast.errors import UserError
 
 VIDEO_SUFFIXES = frozenset(
-    """.3gp .asf .avi .divx .f4v .flv .m2ts .m2v .m4a .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogm .ogv .ts .vob .webm
-    .wmv""".split()  # noqa: SIM905
+    """.3g2 .3gp .asf .avi .divx .dv .f4v .flv .ivf .m1v .m2ts .m2v .m4a .m4v .mjpeg .mjpg .mkv .mov .mp4 .mpe .mpeg .mpg
+    .mts .mxf .nut .ogm .ogv .qt .rm .rmvb .ts .vob .webm .wmv .y4m""".split()  # noqa: SIM905
 )
 SOUND_SUFFIXES = frozenset(".aac .aif .aiff .au .flac .m4a .mka .mp3 .oga .ogg .opus .wav .wma".split())  # noqa: SIM905
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | SOUND_SUFFIXES
@@ -80,6 +81,7 @@ def find_sources(root: Path, suffixes: Collection[str] = VIDEO_SUFFIXES) -> Sour
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; name the folder that holds the videos, in one sub-folder per class")
+    left_out: Counter[str] = Counter()
     sources = [
         Source(
             name,
@@ -87,17 +89,22 @@ def find_sources(root: Path, suffixes: Collection[str] = VIDEO_SUFFIXES) -> Sour
             (name.split("/", 1)[0],) if "/" in name else (),
             size=file_size(root / name),
         )
-        for name in sorted(media_names(root, suffixes))
+        for name in sorted(media_names(root, suffixes, left_out))
     ]
     if not sources:
         raise UserError(f"{root} holds no video; files with one of these endings count: {' '.join(sorted(suffixes))}")
-    return SourceSet(sources, sorted_classes(sources))
+    warnings = []
+    if left_out:
+        most = ", ".join(f"{count} {suffix or 'without one'}" for suffix, count in left_out.most_common(8))
+        warnings.append(f"{left_out.total()} files of {root} are left out by their endings ({most}); a --list may name any")
+    return SourceSet(sources, sorted_classes(sources), warnings=warnings)
 
 
-def media_names(root: Path, suffixes: Collection[str]) -> Iterator[str]:
+def media_names(root: Path, suffixes: Collection[str], left_out: Counter[str] | None = None) -> Iterator[str]:
     """Paths below ``root``, with forward slashes, of files with one of these endings (in small letters).
 
-    Links to folders are followed, but not back into a folder that the path came through; hidden names are left out.
+    Links to folders are followed, but not back into a folder that the path came through; hidden names are passed over.
+    ``left_out`` counts files with other endings, by these.
 
     Raises:
         UserError: a folder that cannot be listed.
@@ -118,8 +125,10 @@ def media_names(root: Path, suffixes: Collection[str]) -> Iterator[str]:
                 continue
             if _is_folder(entry):
                 waiting.append((f"{folder}{entry.name}/", above | {identity}))
-            elif os.path.splitext(entry.name)[1].lower() in suffixes:
+            elif (suffix := os.path.splitext(entry.name)[1].lower()) in suffixes:
                 yield folder + entry.name
+            elif left_out is not None:
+                left_out[suffix] += 1
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
