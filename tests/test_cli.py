@@ -90,6 +90,8 @@ WRONG_INPUT = [
     (("profile", "--json", "{tmp}/nowhere/step.json"), "--json {tmp}/nowhere/step.json cannot be written"),
     (("profile", "model.cuda_graph=true"), "model.cuda_graph = true hides the parts of the step"),
     (("render", "{tmp}", "--fps", "many"), "argument --fps: invalid int value: 'many'"),
+    (("prepare", "", "{tmp}/shards"), "SOURCE is empty, such as of a shell variable that is not set; write . for this folder"),
+    (("prepare", "{tmp}", ""), "DESTINATION is empty"),
 ]
 
 
@@ -289,7 +291,11 @@ def test_doctor_reads_shards_through(tmp_path, capsys):
         flip_a_bit(folder, both, "flac")
     assert cli.main(examine) == 1
     shown = capsys.readouterr().out
-    assert "8 samples read, 4 damaged" in shown and shown.count("CRC") == 4
+    assert (
+        "8 samples read, 4 damaged" in shown
+        and "delete these .tar files and call the same prepare again" in shown
+        and shown.count("CRC") == 4
+    )
     assert cli.main([*examine, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     first, second = folders

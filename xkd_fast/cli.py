@@ -280,6 +280,9 @@ def prepare(arguments: list[str]) -> int:
 
 def _check_prepare_arguments(given: argparse.Namespace) -> None:
     """Refuse combinations that mean nothing; with --list alone, the first place is the destination."""
+    for name in ("source", "destination", "list", "annotations"):
+        if getattr(given, name) == "":
+            raise UserError(f"{name.upper()} is empty, such as of a shell variable that is not set; write . for this folder")
     if given.list is not None:
         if given.dataset is not None:
             raise UserError("--list and --dataset both say where samples come from; leave one of them out")
@@ -306,6 +309,11 @@ def _check_prepare_arguments(given: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value} goes with --audit")
         if value is not None:
             _require_writable(f"--{name}", value)
+    if given.json is not None:
+        if os.path.splitext(given.json)[1].lower() != ".json":
+            raise UserError(f"--json {given.json} must end in .json, so that no video is taken for it and overwritten")
+        if given.list is not None and os.path.realpath(given.json) == os.path.realpath(given.list):
+            raise UserError(f"--json {given.json} is the list itself; name another file")
 
 
 def _require_writable(option: str, file: str) -> None:
@@ -504,6 +512,8 @@ def _check_shards(folders: list[str], *, as_json: bool) -> int:
         for reason in (reason for reasons in damaged.values() for reason in reasons):
             print(reason)
         print(f"{len(samples)} samples read, {len(damaged)} damaged")
+        if damaged:
+            print("copy their shards again; or delete these .tar files and call the same prepare again, which makes them anew")
     return 1 if damaged else 0
 
 

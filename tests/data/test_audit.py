@@ -141,6 +141,18 @@ def test_the_command_shows_writes_and_draws(pile: Path, tmp_path: Path, capsys: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["audit.json", "audit.png"]
 
 
+def test_what_is_looked_at_is_not_overwritten(pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Red if a mistyped place for the figures costs a video, or the list."""
+    video, names = pile / "a" / "other.mp4", tmp_path / "list.json"
+    names.write_text(f"{video}\n")
+    before = video.read_bytes()
+    assert cli.main(["prepare", str(pile), "--audit", "--json", str(video)]) == 2
+    assert "must end in .json" in capsys.readouterr().err
+    assert cli.main(["prepare", "--list", str(names), "--audit", "--json", str(tmp_path / "." / "list.json")]) == 2
+    assert "is the list itself" in capsys.readouterr().err
+    assert video.read_bytes() == before and names.read_text() == f"{video}\n"
+
+
 def test_a_picture_of_an_unknown_kind_is_refused_before_the_work(pile: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Red if an hour's audit ends with an error about a file's ending."""
     assert cli.main(["prepare", str(pile), "--audit", "--plot", "audit.mp3"]) == 2

@@ -258,6 +258,10 @@ def test_wrong_sources(media: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere is not a folder"):
         run(tmp_path / "nowhere", tmp_path / "shards")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "sounds").mkdir()
+    (tmp_path / "sounds" / "a.wav").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds no video; .*; of its 1 sounds, samples are made with --missing-video keep-as"):
+        run(tmp_path / "sounds", tmp_path / "shards")
     with pytest.raises(UserError, match=r"empty holds no video; files with one of these endings count: .*\.mp4"):
         run(tmp_path / "empty", tmp_path / "shards")
     assert not (tmp_path / "shards").exists()

@@ -81,6 +81,12 @@ def test_a_csv_gives_files_classes_and_parts(media: Path, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "shards" / MANIFEST).read_text())["about"] == {"list": "list.csv"}
 
 
+def test_columns_come_in_any_order(media: Path) -> None:
+    """Red if a list whose first column is the label is read as one of paths."""
+    (source,) = read_list(write(media, "label,end,path\ncat,1.5,a.mkv\n", "order.csv")).sources
+    assert (source.name, source.classes, source.start, source.end) == ("a.mkv#t=0,1.5", ("cat",), None, 1.5)
+
+
 def test_plain_lines_are_paths(media: Path, tmp_path: Path) -> None:
     """Red if commas, blank lines or odd names in a plain list are taken for more than a path."""
     odd = f"{BAD_UTF8} 鳥.mkv"
@@ -100,6 +106,7 @@ def test_plain_lines_are_paths(media: Path, tmp_path: Path) -> None:
         ("path,label\n", "lists no file"),
         ("path,label\na.mkv,x\na.mkv,y\n", "line 3: 'a.mkv' was named in line 2 already; remove one of the two"),
         ("a.mkv\nsub/../a.mkv\n", "line 2: 'sub/../a.mkv' was named in line 1 already"),
+        ("path,start\na.mkv,0\na.mkv,\n", "line 3: 'a.mkv' was named in line 2 already"),
         ("path,start\na.mkv,soon\n", "line 2: start 'soon' is no number of seconds; write one such as 12.5, or nothing"),
         ("path,start\na.mkv,nan\n", "line 2: start = nan must be 0 or more seconds"),
         ("path,start\na.mkv,-1\n", "line 2: start = -1 must be 0 or more seconds"),

@@ -92,7 +92,9 @@ def find_sources(root: Path, suffixes: Collection[str] = VIDEO_SUFFIXES) -> Sour
         for name in sorted(media_names(root, suffixes, left_out))
     ]
     if not sources:
-        raise UserError(f"{root} holds no video; files with one of these endings count: {' '.join(sorted(suffixes))}")
+        sounds = sum(left_out[suffix] for suffix in SOUND_SUFFIXES.difference(suffixes))
+        more = f"; of its {sounds} sounds, samples are made with --missing-video keep-as-audio-only" if sounds else ""
+        raise UserError(f"{root} holds no video; files with one of these endings count: {' '.join(sorted(suffixes))}{more}")
     warnings = []
     if left_out:
         most = ", ".join(f"{count} {suffix or 'without one'}" for suffix, count in left_out.most_common(8))
@@ -162,7 +164,7 @@ def read_list(path: Path) -> SourceSet:
     lines: dict[tuple[str, float | None, float | None], int] = {}
     for line, row in _list_rows(path):
         source = _listed(path, line, row)
-        key = (os.path.normpath(source.path), source.start, source.end)
+        key = (os.path.normpath(source.path), source.start or None, source.end)  # from 0 is from the beginning
         if key in lines:
             raise UserError(
                 f"{path}, line {line}: {source.name!r} was named in line {lines[key]} already; remove one of the two "
@@ -212,8 +214,8 @@ def csv_rows(path: Path, text: str, *, skip_spaces: bool = False) -> Iterator[tu
 
 def _list_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     text = read_text(path, "a list of sources")
-    first = text.lstrip().split("\n", 1)[0]
-    if first.split(",", 1)[0].strip().strip('"').lower() != "path":
+    first = [cell.strip().strip('"').lower() for cell in text.lstrip().split("\n", 1)[0].split(",")]
+    if "path" not in first or (first[0] != "path" and not set(first) <= set(LIST_COLUMNS)):
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 yield number, {"path": line.removesuffix("\r")}
