@@ -54,7 +54,7 @@ def test_each_sequence_attends_to_itself(attend, dtype: torch.dtype, error: floa
 @pytest.mark.parametrize("length", (31, 32, 33, 128, 141))
 def test_teachers_tiles_are_whole(length: int, has_matrix_unit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Red if keys that fill a tile up take part, or if a real key, or a last and shorter tile of queries, is left out."""
-    monkeypatch.setattr(module, "has_matrix_unit", lambda: has_matrix_unit)
+    monkeypatch.setattr(module, "HAS_MATRIX_UNIT", has_matrix_unit)
     q, k, v = torch.randn(3, 2, HEADS, length, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = eager(q.double(), k.double(), v.double())
     torch.testing.assert_close(automatic(q, k, v).double(), exact, rtol=1e-2, atol=8e-3)

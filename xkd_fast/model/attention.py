@@ -31,6 +31,7 @@ PackedAttend = Callable[[Tensor, Sequence[Group], int], Tensor]
 SHORT = 640  # tokens up to which keeping the matrix of probabilities costs little
 KEY_TILE = 32  # keys that PyTorch's attention on a CPU likes to see whole in bfloat16
 QUERY_TILE = 64  # queries whose scores are held at once where CLS is off
+HAS_MATRIX_UNIT = torch.cpu._is_amx_tile_supported()  # of this processor, for bfloat16: PyTorch's attention makes use of it
 CACHED_TILE = 128  # queries whose scores of all heads stay in a processor's cache at the base model's lengths
 
 
@@ -86,12 +87,6 @@ def _tile_by_tile(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(tiles, dim=2).transpose(1, 2).flatten(2)
 
 
-@cache
-def has_matrix_unit() -> bool:
-    """Whether this processor has one for bfloat16 (AMX), which PyTorch's attention makes use of."""
-    return torch.cpu._is_amx_tile_supported()
-
-
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -141,7 +136,7 @@ def automatic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return sdpa(q, k, v)
     if not q.requires_grad:
-        return (_sdpa_of_whole_tiles if has_matrix_unit() else _tile_by_tile)(q, k, v)
+        return (_sdpa_of_whole_tiles if HAS_MATRIX_UNIT else _tile_by_tile)(q, k, v)
     return eager(q, k, v) if k.shape[2] <= SHORT else recompute(q, k, v)
 
 
