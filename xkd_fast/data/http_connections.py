@@ -1,4 +1,4 @@
-"""HTTP connections that are kept open between requests, one per thread at work; through a proxy where the environment says so."""
+"""HTTP connections that are kept open between requests; through a proxy where the environment names one."""
 
 from __future__ import annotations
 

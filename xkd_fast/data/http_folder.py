@@ -92,7 +92,7 @@ class HttpFolder:
             )
         self._sizes: dict[str, int] = {}
         self._connections = Connections(self._options.timeout)
-        self._random = random.Random()  # noqa: S311 (of pauses alone; a run's own generators stay as they are)
+        self._random = random.Random()  # of pauses alone: a run's own generators stay as they are
 
     def where(self, name: str = "") -> str:
         """See `Storage`: without what may be secret, the query and the user."""
@@ -226,8 +226,10 @@ class HttpFolder:
         given, _, total = response.getheader("Content-Range", "").removeprefix("bytes ").partition("/")
         if total.isdecimal() and int(total) != size:
             raise _OtherSize(f"has {total} bytes, but its manifest says {size} bytes")
-        if given != f"{start}-{end - 1}" or (length is not None and int(length) != end - start):
-            raise http.client.HTTPException(f"bytes {given} come where {start}-{end - 1} were asked for")
+        if given != f"{start}-{end - 1}":
+            raise http.client.HTTPException(f"bytes {given or '?'} come where {start}-{end - 1} were asked for")
+        if length is not None and int(length) != end - start:
+            raise http.client.HTTPException(f"{length} bytes come where {end - start} were asked for")
 
 
 def _advice(status: int) -> str:

@@ -133,8 +133,8 @@ class ShardCache:
             yield
         except OSError as error:
             raise UserError(
-                f"data.cache.folder = {self.folder} cannot be used: {error.strerror}; name a folder of a local disk with room for "
-                f"{self.limit / 2**30:.3g} GiB, lower data.cache.gib, or set data.cache.folder=null"
+                f"data.cache.folder = {self.folder} cannot be used: {error.strerror}; name a folder of a local disk with room "
+                f"for {self.limit / 2**30:.3g} GiB, lower data.cache.gib, or set data.cache.folder=null"
             ) from error
 
     @contextmanager

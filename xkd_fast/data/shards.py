@@ -313,7 +313,8 @@ class ShardSet:
             for name in ("codec", "fps", "sample_rate"):
                 if getattr(table, name) != getattr(first, name):
                     raise UserError(
-                        f"{storage.where()} has {name} {getattr(table, name)}, {storages[0].where()} has {getattr(first, name)}; "
+                        f"{storage.where()} has {name} {getattr(table, name)}, "
+                        f"{storages[0].where()} has {getattr(first, name)}; "
                         "shards used together must agree"
                     )
         self.codec: str = first.codec
