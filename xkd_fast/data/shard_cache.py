@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class ShardCache:
                 if os.fstat(descriptor).st_nlink == 0:  # removed a moment ago
                     return None
                 with suppress(PermissionError):  # of another user's copy
-                    os.utime(descriptor)  # its last use
+                    os.utime(descriptor, ns=(time.time_ns(),) * 2)  # its last use; the kernel's own clock ticks in milliseconds
                 return os.pread(descriptor, size, offset)
             finally:
                 os.close(descriptor)
