@@ -40,6 +40,7 @@ TELLING = 2.0  # seconds that the first rank has to tell an error, before the la
 EXAMPLES = """examples:
   deepspeed xkd_fast/train.py                            train the demo; its data is rendered on first use
   deepspeed xkd_fast/train.py --config xkd_base_k400 'data.train=[/data/k400/shards]' output=runs/k400
+  deepspeed xkd_fast/train.py 'data.train=[https://HOST/shards]' data.cache.folder=/scratch/shards    shards behind an address
   deepspeed xkd_fast/train.py --config FILE --resume auto        go on from the run's newest checkpoint
   python xkd_fast/train.py --config FILE --print-config          every option, resolved and explained
 """
