@@ -17,6 +17,7 @@ class Server(ThreadingHTTPServer):
     Attributes:
         requests: (path with query, value of the Range header or "") of each request, in their order.
         connections: how many were opened.
+        most: how many requests were under way at the same time, at most.
         misbehave: called with the handler before a request is answered; True = it was answered, or never will be.
         delay: seconds before each answer.
         ranges: whether parts are sent where parts are asked for.
@@ -29,6 +30,7 @@ class Server(ThreadingHTTPServer):
         self.folder, self.requests, self.connections = folder, list[tuple[str, str]](), 0
         self.misbehave: Callable[[Handler], bool] = lambda handler: False
         self.delay, self.ranges = 0.0, True
+        self.active = self.most = 0
         self.lock = threading.Lock()
 
     @property
@@ -62,6 +64,16 @@ class Handler(BaseHTTPRequestHandler):
         part = self.headers.get("Range", "")
         with self.server.lock:
             self.server.requests.append((self.path, part))
+            self.server.active += 1
+            self.server.most = max(self.server.most, self.server.active)
+        try:
+            self.respond(part)
+        finally:
+            with self.server.lock:
+                self.server.active -= 1
+
+    def respond(self, part: str) -> None:
+        """Answer, or misbehave."""
         time.sleep(self.server.delay)
         if self.server.misbehave(self):
             return

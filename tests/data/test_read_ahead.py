@@ -71,6 +71,8 @@ def test_large_reads_and_nothing_twice(folder: Path) -> None:
     assert sum(len(read.samples) for read in whole) >= COUNT and len(whole) == SHARDS + 1
     spans = [(read.end - read.start) for read in grouped(shards, itertools.islice(sampler.reading(0, 0), COUNT), 10_000)]
     assert max(spans) <= 10_000 and len(spans) < COUNT / 2
+    apart = list(grouped(shards, iter([(0, 0, 0), (0, COUNT // SHARDS + 1, 1)])))  # the second begins where the first ends
+    assert [(read.shard, read.samples) for read in apart] == [(0, [(0, 0)]), (1, [(0, COUNT // SHARDS + 1)])]
     step = 20
     used = {sample for at in range(step) for sample in sampler.ids(0, at).tolist()}
     rest = list(itertools.takewhile(lambda wanted: wanted[0] == 0, sampler.reading(0, step)))
@@ -107,7 +109,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pipeline(shards: ShardSet, **changed: object) -> ViewPipeline:
     """A pipeline over these shards, front to back."""
-    data = replace(DATA, order="sequential", shuffle_buffer=5, prefetch=1)
+    data = replace(DATA, order=changed.pop("order", "sequential"), shuffle_buffer=5, prefetch=1)
     arguments = {"seed": 3, "micro_batch": 2, "rank": 0, "world_size": 2, **changed}
     return ViewPipeline(shards, MODEL, AugmentOptions(), MEL, data, **arguments)  # type: ignore[arg-type]
 
@@ -138,6 +140,18 @@ def test_an_address_gives_the_same_batches(videos: Path) -> None:
             for ours, theirs in zip(first(remote, 6), expected, strict=True):
                 assert_same(ours, theirs)
         assert len(server.asked(".tar")) <= 12, "large reads"
+
+
+def test_random_order_from_an_address(videos: Path) -> None:
+    """Red if a server's slow answers are waited for one after another, or what was read ahead is another step's."""
+    with serving(videos.parent) as server:
+        remote, local = ShardSet.open(f"{server.url}/set", remote=RemoteOptions(5.0, 2)), ShardSet.open(videos)
+        server.delay = 0.05
+        with pipeline(remote, order="random", micro_batch=3) as made, pipeline(local, order="random", micro_batch=3) as alone:
+            steps = made.sampler.steps_per_epoch
+            for place, batch in enumerate(first(made, 2 * steps - 1, 0, 1), start=1):
+                assert_same(batch, alone.batch(*divmod(place, steps)))
+        assert server.most > DATA.threads
 
 
 def test_a_damaged_clip_is_replaced(videos: Path, tmp_path: Path) -> None:

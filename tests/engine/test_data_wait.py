@@ -77,7 +77,7 @@ def test_the_slow_stage_is_named_once(
 ) -> None:
     """Red if another stage is blamed, its speed is wrong, the warning comes with every record or not at all."""
     shards = ShardSet.open(f"{server.url}/set", remote=RemoteOptions(5.0, 2))
-    monkeypatch.setattr(server, "delay", SLOW if stage == "read" else 0.0)
+    monkeypatch.setattr(server, "delay", 4 * SLOW if stage == "read" else 0.0)  # several at a time
     with make(shards, threads=4, prefetch=1) as pipeline:
         if stage == "decode":
             pipeline._decoder = slowed(pipeline._decoder)  # type: ignore[assignment]

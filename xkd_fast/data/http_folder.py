@@ -1,7 +1,7 @@
 """A shard set behind a web server or an object store that speaks HTTP: byte ranges over connections that are kept open.
 
 Requests that fail in a way that may pass (no answer, a broken connection, an overloaded server) are tried again with growing
-pauses. A query in the address, such as a signature for all files of a folder, goes with every request and into no message.
+pauses. A query in the address, such as a signature for all files of a folder, goes with every request and into no error here.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class HttpFolder:
         except ValueError:
             valid = False
         if not valid:
-            raise UserError(f"{url} is no address of a shard set; write https://HOST/FOLDER, without {MANIFEST}")
+            shown = url.partition("?")[0].rpartition("@")[2]
+            raise UserError(f"{shown} is no address of a shard set; write https://HOST/FOLDER, without {MANIFEST}")
         if self._url.username is not None:
             raise UserError(
                 f"{self.where()} is given with a user or password, which no request sends; name an address that is open to "

@@ -20,7 +20,7 @@ from xkd_fast.data.decode import ClipDecoder, DecodedClip, DecodeRequest, Undeco
 from xkd_fast.data.decode_sound import SoundDecoder, placeholder_sound
 from xkd_fast.data.log_mel import MelOptions
 from xkd_fast.data.prefetch import Prefetcher, single_threaded_pool
-from xkd_fast.data.read_ahead import ReadAhead
+from xkd_fast.data.read_ahead import REMOTE_READERS, ReadAhead
 from xkd_fast.data.sampler import Sampler, clip_draw, evaluation_starts, mask_noise, replacement
 from xkd_fast.data.sequential import SequentialSampler
 from xkd_fast.data.shards import CorruptSampleError, ShardSet
@@ -246,7 +246,7 @@ class ViewPipeline:
         self._decoder = ClipDecoder(micro_batch, data.threads, shards.codec)
         self._pool = single_threaded_pool(data.threads)
         self._prefetcher: Prefetcher[tuple[Views, MaskNoise]] | None = None
-        self._read_ahead: ReadAhead | None = None  # while `batches` runs, where shards are read front to back
+        self._read_ahead: ReadAhead | None = None  # while `batches` runs, where it helps
 
     @classmethod
     def from_config(cls, config: Config, shards: ShardSet, rank: int, world_size: int) -> ViewPipeline:
@@ -287,12 +287,13 @@ class ViewPipeline:
                 ahead.close()
 
     def _reading(self, epoch: int, step: int) -> ReadAhead | None:
-        """Reads whole shards front to back from ``step`` of ``epoch`` on, where that is the order."""
-        if not isinstance(self.sampler, SequentialSampler):
+        """Reads ahead from ``step`` of ``epoch`` on: where shards are read front to back, and where a server answers slowly."""
+        sequential = self.data.order == "sequential"
+        if self.shards.is_local and not sequential:
             return None
         wanted = self.sampler.reading(*divmod(epoch * self.sampler.steps_per_epoch + step, self.sampler.steps_per_epoch))
         ahead = self.sampler.micro_batch * (self.data.prefetch + 1)
-        return ReadAhead(self.shards, wanted, ahead=ahead, threads=self.data.threads)
+        return ReadAhead(self.shards, wanted, ahead=ahead, threads=self.data.threads if sequential else REMOTE_READERS)
 
     def _make(self, epoch: int, step: int) -> Iterator[tuple[Views, MaskNoise]]:
         steps = self.sampler.steps_per_epoch

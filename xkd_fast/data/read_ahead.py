@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from xkd_fast.data.shards import CorruptSampleError, EncodedSample, ShardSet
 
 READ_BYTES = 8 * 2**20  # of one read, about
+REMOTE_READERS = 16  # threads that wait for a server's answers, where each brings one sample
 READ_GAP = 64 * 2**10  # bytes between two samples, at most, that are read along rather than asked for apart
 
 
@@ -20,7 +21,7 @@ class Read:
     start: int  # first byte
     end: int
     samples: list[tuple[int, int]]  # epoch and sample
-    place: int  # how many samples must have been taken before this may be read; see `SequentialSampler.reading`
+    place: int  # how many samples are taken before one of these may be wanted first; see `Sampler.reading`
 
 
 def grouped(shards: ShardSet, wanted: Iterator[tuple[int, int, int]], size: int = READ_BYTES) -> Iterator[Read]:
@@ -45,7 +46,7 @@ class ReadAhead:
 
     Args:
         shards: what is read.
-        wanted: (epoch, sample, place) in the order of reading; see `SequentialSampler.reading`.
+        wanted: (epoch, sample, place) in the order of reading; see `Sampler.reading`.
         ahead: samples read beyond those that may be wanted next; at least as many as are taken at a time.
         threads: that read.
         size: of one read, bytes, about.

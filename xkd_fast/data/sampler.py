@@ -11,6 +11,8 @@ raw 64-bit words are used, whose order NumPy guarantees across versions.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -115,6 +117,18 @@ class Sampler:
         self.check_place(epoch, step, micro)
         start = step * self.global_batch + (micro * self.world_size + self.rank) * self.micro_batch
         return epoch_permutation(self.seed, epoch, self.samples)[start : start + self.micro_batch]
+
+    def reading(self, epoch: int, step: int) -> Iterator[tuple[int, int, int]]:
+        """What this rank reads from ``step`` of ``epoch`` on, for ever, in the order of reading, which here is that of use.
+
+        Yields:
+            epoch, sample, and place: how many clips of this rank, from ``step`` on, are used before this one may be wanted.
+        """
+        places = itertools.count()
+        for at in itertools.count(epoch * self.steps_per_epoch + step):
+            for micro in range(self.accumulation):
+                for sample in self.ids(*divmod(at, self.steps_per_epoch), micro).tolist():
+                    yield at // self.steps_per_epoch, sample, next(places)
 
 
 def clip_draw(seed: int, epoch: int, sample: int, stored: ClipShape, shape: ViewShape, options: AugmentOptions) -> ClipDraw:

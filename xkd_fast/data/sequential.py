@@ -112,12 +112,7 @@ class SequentialSampler(Sampler):
         return self.stretch(epoch).order[start : start + self.micro_batch]
 
     def reading(self, epoch: int, step: int) -> Iterator[tuple[int, int, int]]:
-        """What is read from ``step`` of ``epoch`` on, for ever, in the order of reading.
-
-        Yields:
-            epoch, sample, and place: how many clips of this rank (from ``step`` on) are used before the sample may be wanted
-            first, so nothing with a place beyond that need be held yet. Samples used before ``step`` are left out.
-        """
+        """As `Sampler.reading`, but front to back in each shard. Samples used before ``step`` are left out."""
         done = step * self.clips_per_step
         before = -done  # places of the first epoch begin in the past
         while True:

@@ -301,6 +301,7 @@ class ShardSet:
         keys: [N] sample keys.
         labels, frames, samples, heights, widths: [N] int64; the label of a sample of several classes is -1, as of none.
         has_video, has_audio: [N] bool, whether a sample has a picture, a sound.
+        is_local: whether all shards lie in folders.
         shard_sizes: samples of each shard; those of one shard follow each other, in the order of its tar.
         crc32: of all that, of every sample's bytes and of their order; not of where the shards lie.
     """
@@ -349,6 +350,7 @@ class ShardSet:
         starts = np.cumsum([0, *(len(table.tars) for table in tables)])
         self._shard = np.concatenate([table.shard + start for table, start in zip(tables, starts, strict=False)])
         self._tars = [tar for table in tables for tar in table.tars]
+        self.is_local: bool = all(storage.is_local for storage in storages)
         self.shard_sizes: tuple[int, ...] = tuple(np.bincount(self._shard, minlength=len(self._tars)).tolist())
         self._cache = cache
         self._kept = 0  # of how many shards, the first ones, copies are kept: with more, each would drive out the next

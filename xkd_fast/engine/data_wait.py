@@ -81,5 +81,9 @@ class DataWait:
         return (
             f"{who} waited for its data for {100 * interval.share:.0f} % of the time since the last record "
             f"(log.data_wait_alarm = {self._threshold:g}); the slow stage is {slow}, at "
-            f"{interval.speed(slow):.3g} clips/s where the step could take {interval.needed:.3g}: {ADVICE[slow]}"
+            f"{_rate(interval.speed(slow))} clips/s where the step could take {_rate(interval.needed)}: {ADVICE[slow]}"
         )
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
