@@ -595,3 +595,25 @@ def test_an_mlp_without_hidden_numbers_is_refused():
     """Catches a model whose MLPs have width 0 and train without a word."""
     with pytest.raises(UserError, match=r"model\.mlp_ratio = 0\.001 leaves no hidden number at model\.encoder\.width = 96"):
         load_config("demo", ["model.mlp_ratio=0.001"])
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.order=shuffled", "data.order = shuffled must be one of random, sequential"),
+        ("data.shuffle_buffer=0", "data.shuffle_buffer = 0 must lie in 1-16777216"),
+        ("data.remote.timeout=0", "data.remote.timeout = 0.0 must be above 0"),
+        ("data.remote.attempts=0", "data.remote.attempts = 0 must lie in 1-100"),
+        ("data.cache.gib=0", "data.cache.gib = 0.0 must be above 0"),
+        ("data.cache.folder=''", "data.cache.folder is empty; it must name a folder, or be null for no cache"),
+        ("log.data_wait_alarm=10", "log.data_wait_alarm = 10.0 must be above 0 and at most 1, or null for off"),
+        ("data.cache.size=3", "data.cache.size is not an option"),
+    ],
+)
+def test_options_of_remote_data_are_checked(override: str, sentence: str) -> None:
+    """Red if a cache of no size, a buffer of no clips or a share in per cent is taken for what it is not."""
+    assert sentence in error_of(None, [override])
+    options = ["data.cache={folder: /scratch, gib: 0.5}", "data.remote.timeout=5", "log.data_wait_alarm=null"]
+    config = load_config(None, [*options, "data.train=['https://host/set?a=1']"])
+    assert (config.data.cache.limit, config.data.remote.timeout, config.log.data_wait_alarm) == (2**29, 5.0, None)
+    assert config.data.train == ("https://host/set?a=1",)

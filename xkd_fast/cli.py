@@ -463,7 +463,8 @@ def doctor(arguments: list[str]) -> int:
         "  xkd-fast doctor --json\n  xkd-fast doctor --shards /data/k400/train /data/k400/test",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--shards", nargs="+", metavar="FOLDER", help="check the shards in these folders, not the machine")
+    parser.add_argument("--shards", nargs="+", metavar="FOLDER",
+        help="check the shards in these folders, or at these http(s):// addresses, not the machine")  # fmt: skip
     given = parser.parse_args(arguments)
     if given.shards:
         return _check_shards(given.shards, as_json=given.json)

@@ -22,8 +22,10 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from xkd_fast.data.http_folder import RemoteOptions
 from xkd_fast.data.log_mel import MelOptions
 from xkd_fast.data.pipeline import ClipOptions, check_against_model
+from xkd_fast.data.shard_cache import CacheOptions
 from xkd_fast.data.synthetic import SyntheticOptions
 from xkd_fast.data.views import AugmentOptions
 from xkd_fast.errors import UserError
@@ -78,7 +80,11 @@ class DemoData:
 class DataOptions(ClipOptions):
     """What is trained on, what a clip is, and how clips are fetched."""
 
-    train: tuple[str, ...] = option((), "folders of shards to train on, made by `xkd-fast prepare`; [] = those of data.demo")
+    train: tuple[str, ...] = option(
+        (), "folders or http(s):// addresses of shards to train on, made by `xkd-fast prepare`; [] = those of data.demo"
+    )
+    remote: RemoteOptions = section(RemoteOptions, "how http(s):// addresses are read")
+    cache: CacheOptions = section(CacheOptions, "copies of shards on a local disk")
     demo: DemoData | None = option(None, "rendered data set for a first run; null = none")
 
     def __post_init__(self) -> None:
@@ -250,6 +256,11 @@ class LogOptions:
     progress: bool = option(True, "tell how the run goes, with a progress bar on a terminal; false = print nothing but errors")
     wandb: bool = option(False, "send the metrics to Weights & Biases (needs the package wandb); false = off")
 
+    data_wait_alarm: float | None = option(
+        0.1,
+        "share of the time between two records, 0-1, above which waiting for data is warned of, once for each slow stage of "
+        "read, decode, augment and copy; null = off",
+    )
     stragglers: bool = option(False, "time every rank's forward passes and log the slowest rank; false = off")
     memory_snapshot: int | None = option(
         None, "step after which the GPU's allocations since the start are written for pytorch.org/memory_viz; null = off"
@@ -259,6 +270,10 @@ class LogOptions:
         require(
             self.memory_snapshot is None or self.memory_snapshot >= 1,
             f"log.memory_snapshot = {self.memory_snapshot} must be 1 or more, or null for off",
+        )
+        require(
+            self.data_wait_alarm is None or 0 < self.data_wait_alarm <= 1,
+            f"log.data_wait_alarm = {self.data_wait_alarm} must be above 0 and at most 1, or null for off",
         )
         require(self.every_steps >= 1, f"log.every_steps = {self.every_steps} must be 1 or more")
 

@@ -40,6 +40,7 @@ TELLING = 2.0  # seconds that the first rank has to tell an error, before the la
 EXAMPLES = """examples:
   deepspeed xkd_fast/train.py                            train the demo; its data is rendered on first use
   deepspeed xkd_fast/train.py --config xkd_base_k400 'data.train=[/data/k400/shards]' output=runs/k400
+  deepspeed xkd_fast/train.py 'data.train=[https://HOST/shards]' data.cache.folder=/scratch/shards    shards behind an address
   deepspeed xkd_fast/train.py --config FILE --resume auto        go on from the run's newest checkpoint
   python xkd_fast/train.py --config FILE --print-config          every option, resolved and explained
 """
@@ -142,7 +143,8 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
     first_rank_first(lambda: make_ready(config, model_options))
 
     stop = StopSignal(launchers)
-    pipeline = ViewPipeline.from_config(config, ShardSet.open(training_shards(config)), dist.get_rank(), world_size)
+    shards = ShardSet.open(training_shards(config), remote=config.data.remote, cache=config.data.cache)
+    pipeline = ViewPipeline.from_config(config, shards, dist.get_rank(), world_size)
     schedule = Schedule(config, pipeline.sampler.steps_per_epoch)
     last_step = min(schedule.total_steps, config.train.stop_after_steps or schedule.total_steps)
     with MemoryRecord(Path(config.output), config.log.memory_snapshot, own_device()) as record:
@@ -154,6 +156,7 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
         record.expect(state.step + 1, last_step)
         with pipeline, Reporter(config, engine, state, schedule, step_cost(config, engine)) as reporter:
             reporter.say(describe(config, engine, world_size, pipeline, schedule, switches, path))
+            reporter.watch(pipeline.times)
             batches = timed(pipeline.batches(*divmod(state.batches, schedule.steps_per_epoch)), reporter)
             if config.model.teacher_precision == "fp8":
                 batches = checked(batches, engine, reporter)
@@ -162,7 +165,7 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
                 engine.prepare(moment)
                 for _ in range(engine.accumulation):
                     views, masks = next(batches)
-                    losses = engine.forward_backward(views.to(engine.device), masks.to(engine.device))
+                    losses = engine.forward_backward(*copied(views, masks, engine, pipeline, reporter))
                     reporter.add(losses)
                     applied = engine.step()
                 state = state.after_step(applied=applied)
@@ -214,6 +217,17 @@ def timed(batches: Iterator[tuple[Views, MaskNoise]], reporter: Reporter) -> Ite
         yield batch
 
 
+def copied(
+    views: Views, masks: MaskNoise, engine: Engine, pipeline: ViewPipeline, reporter: Reporter
+) -> tuple[Views, MaskNoise]:
+    """A batch on the model's device, with the time that its copying kept the step waiting reported."""
+    start = time.perf_counter()
+    with pipeline.times.of("copy"):
+        batch = views.to(engine.device), masks.to(engine.device)
+    reporter.waited(time.perf_counter() - start)
+    return batch
+
+
 def checked(
     batches: Iterator[tuple[Views, MaskNoise]], engine: Engine, reporter: Reporter
 ) -> Iterator[tuple[Views, MaskNoise]]:
@@ -228,14 +242,16 @@ def checked(
     yield from batches
 
 
-def training_shards(config: Config) -> list[Path]:
-    """The shard directories of a run: ``data.train``, or the rendered demo's.
+def training_shards(config: Config) -> list[Path | str]:
+    """The shard sets of a run, folders and addresses: ``data.train``, or the rendered demo's.
 
     Raises:
         UserError: if neither is set.
     """
     if config.data.train:
-        return [Path(path) for path in config.data.train]
+        from xkd_fast.data.shards import shard_place
+
+        return [shard_place(place) for place in config.data.train]
     if config.data.demo is None:
         raise UserError(
             "data.train is empty: name shard folders made by `xkd-fast prepare`, such as 'data.train=[/data/k400/shards]'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -169,3 +170,13 @@ def test_drawing_is_cheap() -> None:
             clip_draw(0, attempt, sample, STORED, SHAPE, options)
         best = min(best, (time.perf_counter() - start) / 100)
     assert best < 500e-6
+
+
+def test_reading_is_what_is_used_next() -> None:
+    # clips of steps that are over, of other ranks or of another epoch read in place of those that are wanted
+    sampler = Sampler(50, 3, 4, 2, rank=1, world_size=2)
+    used = [
+        (epoch, sample) for epoch, step in ((1, 2), (2, 0)) for micro in (0, 1) for sample in sampler.ids(epoch, step, micro)
+    ]
+    wanted = list(itertools.islice(sampler.reading(1, 2), len(used)))
+    assert [(epoch, sample) for epoch, sample, _ in wanted] == used and [place for *_, place in wanted] == list(range(16))

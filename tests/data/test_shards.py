@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xkd_fast.data import shards as shards_module
+from xkd_fast.data import storage
 from xkd_fast.data.shards import FORMAT, MANIFEST, CorruptSampleError, NewSample, ShardSet, ShardWriter, index_path
 from xkd_fast.errors import UserError
 from xkd_fast.files import write_aside
@@ -331,7 +331,7 @@ def read_from_threads(path: Path, wanted: list[int], threads: int) -> tuple[bool
 
 def test_reading_from_threads_with_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch a file closed, or its place moved, under another thread's read, and descriptors that run out."""
-    monkeypatch.setattr(shards_module, "MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(storage, "MAX_OPEN_FILES", 3)
     path = write_set(tmp_path / "shards", [[make_sample(2 * n, video=20000), make_sample(2 * n + 1)] for n in range(12)])
     right, most, afterwards = read_from_threads(path, random.Random(1).choices(range(24), k=2000), threads=6)
     assert right

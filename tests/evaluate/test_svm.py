@@ -4,6 +4,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.svm import LinearSVC
 
+from tests.data.http_server import serving
 from tests.evaluate.tiny_run import CLIPS_PER_CLASS
+from xkd_fast.cli import main
 from xkd_fast.data.pipeline import clips
 from xkd_fast.data.shards import ShardSet
 from xkd_fast.errors import UserError
@@ -349,3 +352,16 @@ def test_unfit_data_are_named(world, changes, message):
     paths = {name: getattr(world, value, Path(value)) for name, value in changes.items()}
     with pytest.raises(UserError, match=message):
         evaluate_svm(options_for(world, **paths))
+
+
+def test_shards_behind_an_address(world: SimpleNamespace, tmp_path: Path) -> None:
+    """Red if evaluation wants a folder, or gets other features over the network than from one."""
+    given = ["evaluate", "svm", "--checkpoint", str(world.run), "--svm-c", "0.1", "--modalities", "video", "--output"]
+    with serving(world.shards.parent) as server:
+        remote = [*given, str(tmp_path / "remote"), "--data", f"{server.url}/{world.shards.name}"]
+        assert main([*remote, "--test-data", f"{server.url}/{world.two.name}"]) == 0
+        assert main([*remote, "--test-data", f"{server.url}/{world.shards.name}/"]) == 2
+    local = [*given, str(tmp_path / "local"), "--data", str(world.shards), "--test-data", str(world.two)]
+    assert main(local) == 0
+    reports = [json.loads((tmp_path / name / "svm.json").read_text()) for name in ("remote", "local")]
+    assert reports[0]["results"] == reports[1]["results"]

@@ -20,8 +20,11 @@ from xkd_fast.data.decode import ClipDecoder, DecodedClip, DecodeRequest, Undeco
 from xkd_fast.data.decode_sound import SoundDecoder, placeholder_sound
 from xkd_fast.data.log_mel import MelOptions
 from xkd_fast.data.prefetch import Prefetcher, single_threaded_pool
+from xkd_fast.data.read_ahead import REMOTE_READERS, ReadAhead
 from xkd_fast.data.sampler import Sampler, clip_draw, evaluation_starts, mask_noise, replacement
+from xkd_fast.data.sequential import SequentialSampler
 from xkd_fast.data.shards import CorruptSampleError, ShardSet
+from xkd_fast.data.stage_times import StageTimes
 from xkd_fast.data.views import AugmentOptions, ClipDraw, ClipShape, MaskNoise, Views, ViewShape, last_start, plain_draw
 from xkd_fast.errors import UserError
 from xkd_fast.model.options import FORBID_EXTRA, ModelOptions, option
@@ -47,6 +50,12 @@ class ClipOptions:
     on_corrupt: Literal["replace", "stop"] = option(
         "replace", "a damaged sample: another takes its place and it is listed, or stop"
     )
+    order: Literal["random", "sequential"] = option(
+        "random", "random = one permutation of all clips; sequential = shards front to back, through a shuffle buffer"
+    )
+    shuffle_buffer: int = option(
+        2048, "clips per rank that wait for their turn, encoded, in memory, where data.order = sequential; 1 = none, unshuffled"
+    )
 
     def __post_init__(self) -> None:
         for name in ("fps", "sample_rate", "clip_seconds", "local_audio_seconds"):
@@ -57,6 +66,8 @@ class ClipOptions:
             value = getattr(self, name)
             if not 1 <= value <= 1024:
                 raise ValueError(f"data.{name} = {value} must lie in 1-1024")
+        if not 1 <= self.shuffle_buffer <= 2**24:
+            raise ValueError(f"data.shuffle_buffer = {self.shuffle_buffer} must lie in 1-{2**24}")
         if self.local_audio_seconds > self.clip_seconds:
             raise ValueError(
                 f"data.local_audio_seconds = {self.local_audio_seconds} is longer than the clip; "
@@ -181,6 +192,9 @@ class ViewPipeline:
 
     What a batch holds is a pure function of (seed, epoch, step, rank, world size); `batches` can start anywhere.
 
+    Attributes:
+        times: where the time goes that batches take.
+
     Args:
         shards: what to train on.
         model: sizes of the views.
@@ -220,7 +234,11 @@ class ViewPipeline:
         self.shards = shards
         self.augment = augment
         self.data = data
-        self.sampler = Sampler(len(shards), seed, micro_batch, accumulation, rank, world_size)
+        place = (len(shards), seed, micro_batch, accumulation, rank, world_size)
+        self.sampler = Sampler(*place)
+        if data.order == "sequential":
+            self.sampler = SequentialSampler(*place, shards.shard_sizes, data.shuffle_buffer)
+        self.times = StageTimes()
         self.shape = view_shape(data, model)
         self.damaged: list[DamagedSample] = []  # each occurrence, as met by this process
         self._told = 0  # how many of them `damage` has given out
@@ -229,6 +247,7 @@ class ViewPipeline:
         self._decoder = ClipDecoder(micro_batch, data.threads, shards.codec)
         self._pool = single_threaded_pool(data.threads)
         self._prefetcher: Prefetcher[tuple[Views, MaskNoise]] | None = None
+        self._read_ahead: ReadAhead | None = None  # while `batches` runs, where it helps
 
     @classmethod
     def from_config(cls, config: Config, shards: ShardSet, rank: int, world_size: int) -> ViewPipeline:
@@ -259,18 +278,33 @@ class ViewPipeline:
         Only one stream runs at a time: starting another stops the one before. ``step`` may exceed the epoch.
         """
         self._stop_prefetching()
+        ahead = self._read_ahead = self._reading(epoch, step)
         prefetcher = self._prefetcher = Prefetcher(self._make(epoch, step), self.data.prefetch)
         try:
             yield from prefetcher
         finally:
             prefetcher.close()
+            if ahead is not None:
+                ahead.close()
+
+    def _reading(self, epoch: int, step: int) -> ReadAhead | None:
+        """Reads ahead from ``step`` of ``epoch`` on: where shards are read front to back, and where a server answers slowly."""
+        sequential = self.data.order == "sequential"
+        if self.shards.is_local and not sequential:
+            return None
+        wanted = self.sampler.reading(*divmod(epoch * self.sampler.steps_per_epoch + step, self.sampler.steps_per_epoch))
+        ahead = self.sampler.micro_batch * (self.data.prefetch + 1)
+        return ReadAhead(self.shards, wanted, ahead=ahead, threads=self.data.threads if sequential else REMOTE_READERS)
 
     def _make(self, epoch: int, step: int) -> Iterator[tuple[Views, MaskNoise]]:
         steps = self.sampler.steps_per_epoch
         for place in itertools.count(epoch * steps + step):
             for micro in range(self.sampler.accumulation):
                 views, noise = self.batch(*divmod(place, steps), micro)
-                yield (views.pin_memory(), noise.pin_memory()) if self.pinned else (views, noise)
+                if self.pinned:
+                    with self.times.of("copy"):
+                        views, noise = views.pin_memory(), noise.pin_memory()
+                yield views, noise
 
     def batch(self, epoch: int, step: int, micro: int = 0) -> tuple[Views, MaskNoise]:
         """One micro-batch of this rank, made now, in host memory. Not while `batches` runs."""
@@ -281,11 +315,13 @@ class ViewPipeline:
             frames, waveform = cut_clip(clips[row], draws[row].start_sample, self.shape)
             self._maker.fill(views, slice(row, row + 1), [frames], [waveform], [draws[row]])
 
-        list(self._pool.map(augment, range(len(samples))))
+        with self.times.of("augment"):
+            list(self._pool.map(augment, range(len(samples))))
         views.keys = [self.shards.keys[sample] for sample in samples]
         views.labels = torch.from_numpy(self.shards.labels[samples].astype(np.int64))
         noise = [mask_noise(self.sampler.seed, epoch, sample, self.shape) for sample in samples]
         video, audio = (torch.from_numpy(np.stack(rows)) for rows in zip(*noise, strict=True))
+        self.times.made(len(samples))
         return views, MaskNoise(video=video, audio=audio)
 
     def _fetch(self, epoch: int, wanted: list[int]) -> tuple[list[int], list[ClipDraw], list[DecodedClip]]:
@@ -299,9 +335,13 @@ class ViewPipeline:
             draws[row] = clip_draw(self.sampler.seed, epoch, samples[row], stored, self.shape, self.augment)
             frames = min(self.shape.video.frames, stored.frames)
             try:
-                requests[row] = encoded_request(self.shards, samples[row], draws[row].start_frame, frames)
+                if self._read_ahead is not None and attempts[row] == 0:
+                    encoded = self._read_ahead.take(epoch, samples[row])
+                else:
+                    encoded = self.shards.read(samples[row])
             except CorruptSampleError as error:
                 return str(error)
+            requests[row] = DecodeRequest(encoded.key, encoded.video, encoded.audio, draws[row].start_frame, frames)
             return None
 
         def replace(row: int, reason: str) -> None:
@@ -311,13 +351,15 @@ class ViewPipeline:
         stale = list(range(len(samples)))
         while True:
             while stale:
-                problems = dict(zip(stale, self._pool.map(read, stale), strict=True))
+                with self.times.of("read"):
+                    problems = dict(zip(stale, self._pool.map(read, stale), strict=True))
                 stale = [row for row, problem in problems.items() if problem]
                 for row in stale:
                     replace(row, problems[row] or "")
             rows = range(len(samples))
             try:
-                clips = self._decoder([requests[row] for row in rows])
+                with self.times.of("decode"):
+                    clips = self._decoder([requests[row] for row in rows])
                 problems = {row: size_problem(clips[row], clip_shape(self.shards, samples[row])) for row in rows}
                 stale = [row for row in rows if problems[row]]
             except UndecodableError as error:
@@ -342,6 +384,9 @@ class ViewPipeline:
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
+        if self._read_ahead is not None:
+            self._read_ahead.close()
+            self._read_ahead = None
 
     def close(self) -> None:
         """Stop the background work and its threads."""

@@ -3,7 +3,7 @@
 An epoch is a permutation of the samples by (seed, epoch). The clip at place p of an epoch belongs to
 ``p = step · global batch + micro · (ranks · micro batch) + rank · micro batch + i``, and what is drawn for it depends on (seed,
 epoch, sample) alone. So the same steps see the same clips with the same draws at any number of ranks, any accumulation
-and after any interruption.
+and after any interruption. (Another order, for storage that is read front to back: `xkd_fast.data.sequential`.)
 
 Numbers come from Philox, a counter-based generator: (seed, sample) is its key, (purpose, epoch) part of its counter. Only its
 raw 64-bit words are used, whose order NumPy guarantees across versions.
@@ -11,6 +11,8 @@ raw 64-bit words are used, whose order NumPy guarantees across versions.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -30,6 +32,8 @@ class Purpose(IntEnum):
     MASK_NOISE = 2
     REPLACEMENT = 3
     EVALUATION = 4
+    SHARDS = 5
+    BUFFER = 6
 
 
 def random_words(seed: int, epoch: int, sample: int, purpose: Purpose, count: int) -> NDArray[np.uint64]:
@@ -94,6 +98,14 @@ class Sampler:
         """Whole steps per epoch; the samples left over are dropped (others each epoch)."""
         return self.samples // self.global_batch
 
+    def check_place(self, epoch: int, step: int, micro: int) -> None:
+        """Raise ``UserError`` for a micro-batch that no epoch has."""
+        if epoch < 0 or not 0 <= step < self.steps_per_epoch or not 0 <= micro < self.accumulation:
+            raise UserError(
+                f"no micro-batch {micro} of step {step} of epoch {epoch}: an epoch has {self.steps_per_epoch} steps "
+                f"of {self.accumulation} micro-batches"
+            )
+
     def ids(self, epoch: int, step: int, micro: int = 0) -> NDArray[np.int64]:
         """Sample numbers of this rank's micro-batch, [micro_batch] int64.
 
@@ -102,13 +114,21 @@ class Sampler:
             step: within the epoch, from 0.
             micro: within the step, from 0.
         """
-        if epoch < 0 or not 0 <= step < self.steps_per_epoch or not 0 <= micro < self.accumulation:
-            raise UserError(
-                f"no micro-batch {micro} of step {step} of epoch {epoch}: an epoch has {self.steps_per_epoch} steps "
-                f"of {self.accumulation} micro-batches"
-            )
+        self.check_place(epoch, step, micro)
         start = step * self.global_batch + (micro * self.world_size + self.rank) * self.micro_batch
         return epoch_permutation(self.seed, epoch, self.samples)[start : start + self.micro_batch]
+
+    def reading(self, epoch: int, step: int) -> Iterator[tuple[int, int, int]]:
+        """What this rank reads from ``step`` of ``epoch`` on, for ever, in the order of reading, which here is that of use.
+
+        Yields:
+            epoch, sample, and place: how many clips of this rank, from ``step`` on, are used before this one may be wanted.
+        """
+        places = itertools.count()
+        for at in itertools.count(epoch * self.steps_per_epoch + step):
+            for micro in range(self.accumulation):
+                for sample in self.ids(*divmod(at, self.steps_per_epoch), micro).tolist():
+                    yield at // self.steps_per_epoch, sample, next(places)
 
 
 def clip_draw(seed: int, epoch: int, sample: int, stored: ClipShape, shape: ViewShape, options: AugmentOptions) -> ClipDraw:

@@ -11,14 +11,14 @@ has label -1 and all their numbers as ``labels``.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import tarfile
-import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xkd_fast.data.http_folder import HttpFolder, RemoteOptions
+from xkd_fast.data.shard_cache import TRIES, CacheOptions, ShardCache
+from xkd_fast.data.storage import AGAIN, MANIFEST, LocalFolder, OpenFiles, Storage, is_url
 from xkd_fast.data.video_codecs import CODECS
 from xkd_fast.errors import UserError
 from xkd_fast.files import aside, write_aside
 
 FORMAT = 1
-MANIFEST = "manifest.json"
 PARTS = ("video", "audio", "json")
-MAX_OPEN_FILES = 128
+GAP = 4096  # bytes between two parts of a sample, at most, for which one read fetches both: a tar's headers and padding
+INDEX_READERS = 8  # threads that fetch the indexes of a remote set
 
 
 class CorruptSampleError(Exception):
@@ -141,9 +144,6 @@ class ShardWriter:
             self._aside.unlink(missing_ok=True)
 
 
-AGAIN = "copy or prepare the shards again"
-
-
 def read_json(path: Path, what: str, fix: str = AGAIN) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -156,7 +156,7 @@ def read_json(path: Path, what: str, fix: str = AGAIN) -> dict[str, Any]:
         raise UserError(f"{path}, {what}, cannot be read: {error.strerror}; make it readable, or {fix}") from error
 
 
-def _parse_json(data: bytes, path: Path, what: str, fix: str) -> dict[str, Any]:
+def _parse_json(data: bytes, path: Path | str, what: str, fix: str) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8"))
     except ValueError as error:
@@ -164,6 +164,19 @@ def _parse_json(data: bytes, path: Path, what: str, fix: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}, {what}, does not hold a JSON object; {fix}")
     return value
+
+
+@dataclass(frozen=True)
+class _Tar:
+    """One shard: where its bytes are."""
+
+    storage: Storage
+    name: str
+    size: int  # bytes
+    digest: str  # of its index, so of all it holds
+
+    def __str__(self) -> str:
+        return self.storage.where(self.name)
 
 
 @dataclass(frozen=True)
@@ -179,35 +192,30 @@ class _Table:
     ranges: NDArray[np.int64]  # [N, 3 parts, (offset, size, crc)]
     several: dict[int, list[int]]  # labels of the samples that have several
     shard: NDArray[np.int64]  # [N] number of the tar
-    tars: list[Path]
+    tars: list[_Tar]
 
 
 COLUMNS = ("label", "frames", "samples", "height", "width")
 ABSENT = (-1, 0, 0)  # the range of a part that a sample has not
 
 
-def _read_directory(directory: Path) -> _Table:
-    path = directory / MANIFEST
-    if directory.is_file():
-        raise UserError(f"{directory} is a file; name a folder of shards that `xkd-fast prepare VIDEOS FOLDER` made")
-    if not path.is_file():
-        raise UserError(
-            f"{directory} is no shard set: it has no {MANIFEST}. Make one with `xkd-fast prepare VIDEOS {directory}`"
-            " (an interrupted prepare goes on when it is called again)"
-        )
-    manifest = read_json(path, "the manifest of a shard set")
+def _read_set(storage: Storage) -> _Table:
+    storage.check()
+    place, what = storage.where(MANIFEST), "the manifest of a shard set"
+    manifest = _parse_json(storage.fetch(MANIFEST, what), place, what, AGAIN)
     if manifest.get("format") != FORMAT:
         raise UserError(
-            f"{path} has format {manifest.get('format')!r}; this version reads format {FORMAT}: prepare the videos again"
+            f"{place} has format {manifest.get('format')!r}; this version reads format {FORMAT}: prepare the videos again"
         )
     try:
-        table = _read_table(directory, manifest)
+        return _read_table(storage, manifest)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise UserError(f"{directory}: manifest or index is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
-    return table
+        raise UserError(
+            f"{storage.where()}: manifest or index is damaged ({type(error).__name__}: {error}); {AGAIN}"
+        ) from error
 
 
-def _read_table(directory: Path, manifest: dict[str, Any]) -> _Table:
+def _read_table(storage: Storage, manifest: dict[str, Any]) -> _Table:
     codec, fps, sample_rate = str(manifest["codec"]), float(manifest["fps"]), int(manifest["sample_rate"])
     classes = [str(name) for name in manifest["classes"]]
     keys: list[str] = []
@@ -215,20 +223,17 @@ def _read_table(directory: Path, manifest: dict[str, Any]) -> _Table:
     ranges: list[list[Sequence[int]]] = []
     several: dict[int, list[int]] = {}
     shard: list[int] = []
-    tars: list[Path] = []
-    for number, entry in enumerate(manifest["shards"]):
-        tar = directory / entry["name"]
-        size = tar.stat().st_size if tar.is_file() else None
-        if size != entry["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise UserError(f"{tar} {found}, but its manifest says {entry['bytes']} bytes; {AGAIN}")
-        samples = _read_index(index_path(tar), entry)
+    tars: list[_Tar] = []
+    for entry in manifest["shards"]:
+        storage.expect(entry["name"], entry["bytes"])
+    for number, (entry, (samples, digest)) in enumerate(zip(manifest["shards"], _read_indexes(storage, manifest), strict=True)):
+        tar = _Tar(storage, entry["name"], entry["bytes"], digest)
         for row in samples:
             parts = [row[part] for part in PARTS]
             if parts[-1] is None or parts[:-1] == [None, None]:
                 raise ValueError(f"sample {row['key']} of {tar.name} has neither picture nor sound, or no description")
             for offset, length, _ in filter(None, parts):
-                if offset < 0 or length < 0 or offset + length > size:
+                if offset < 0 or length < 0 or offset + length > tar.size:
                     raise ValueError(f"sample {row['key']} of {tar.name} lies outside the tar")
             if not -1 <= row["label"] < len(classes):
                 raise ValueError(f"sample {row['key']} of {tar.name} has label {row['label']} of {len(classes)} classes")
@@ -256,22 +261,39 @@ def _read_table(directory: Path, manifest: dict[str, Any]) -> _Table:
     )
 
 
-def _read_index(path: Path, entry: dict[str, Any]) -> list[dict[str, Any]]:
+def _read_indexes(storage: Storage, manifest: dict[str, Any]) -> list[tuple[list[dict[str, Any]], str]]:
+    """The rows of every index, and its digest."""
+    entries = manifest["shards"]
+    if storage.is_local:
+        return [_read_index(storage, entry) for entry in entries]
+    with ThreadPoolExecutor(INDEX_READERS, "indexes") as pool:
+        return list(pool.map(lambda entry: _read_index(storage, entry), entries))
+
+
+def _read_index(storage: Storage, entry: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """The rows of an index that must be the one that its manifest's entry was written for."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}, the index of a shard, cannot be read: {error.strerror}; {AGAIN}") from error
+    name, what = index_path(Path(entry["name"])).name, "the index of a shard"
+    data, place = storage.fetch(name, what), storage.where(name)
     if zlib.crc32(data) != entry.get("index_crc32", zlib.crc32(data)):
-        raise UserError(f"{path}, the index of a shard, is not the one that its manifest was written for; {AGAIN}")
-    samples: list[dict[str, Any]] = _parse_json(data, path, "the index of a shard", AGAIN)["samples"]
+        raise UserError(f"{place}, {what}, is not the one that its manifest was written for; {AGAIN}")
+    samples: list[dict[str, Any]] = _parse_json(data, place, what, AGAIN)["samples"]
     if len(samples) != entry["samples"]:
-        raise UserError(f"{path} lists {len(samples)} samples, the manifest {entry['samples']}; {AGAIN}")
-    return samples
+        raise UserError(f"{place} lists {len(samples)} samples, the manifest {entry['samples']}; {AGAIN}")
+    return samples, hashlib.sha256(data).hexdigest()[:32]
+
+
+def shard_place(text: str) -> Path | str:
+    """What a user's word for a shard set means: an address stays as it is, all else is a folder."""
+    return text if is_url(text) else Path(text)
+
+
+def _storages(places: Sequence[str | os.PathLike[str]], remote: RemoteOptions) -> list[Storage]:
+    files = OpenFiles()
+    return [HttpFolder(str(place), remote) if is_url(place) else LocalFolder(Path(place), files) for place in places]
 
 
 class ShardSet:
-    """Every sample of one or several shard directories, readable in any order and from any thread.
+    """Every sample of one or several shard sets, in folders or at addresses, readable in any order and from any thread.
 
     Attributes:
         codec, fps, sample_rate: of all samples.
@@ -280,17 +302,21 @@ class ShardSet:
         keys: [N] sample keys.
         labels, frames, samples, heights, widths: [N] int64; the label of a sample of several classes is -1, as of none.
         has_video, has_audio: [N] bool, whether a sample has a picture, a sound.
+        is_local: whether all shards lie in folders.
+        shard_sizes: samples of each shard; those of one shard follow each other, in the order of its tar.
         crc32: of all that, of every sample's bytes and of their order; not of where the shards lie.
     """
 
-    def __init__(self, directories: Sequence[Path]) -> None:
-        tables = [_read_directory(directory) for directory in directories]
+    def __init__(self, storages: Sequence[Storage], cache: ShardCache | None = None) -> None:
+        """``cache``: where copies of shards are kept and looked for; the first shards that fit into it together are."""
+        tables = [_read_set(storage) for storage in storages]
         first = tables[0]
-        for directory, table in zip(directories, tables, strict=True):
+        for storage, table in zip(storages, tables, strict=True):
             for name in ("codec", "fps", "sample_rate"):
                 if getattr(table, name) != getattr(first, name):
                     raise UserError(
-                        f"{directory} has {name} {getattr(table, name)}, {directories[0]} has {getattr(first, name)}; "
+                        f"{storage.where()} has {name} {getattr(table, name)}, "
+                        f"{storages[0].where()} has {getattr(first, name)}; "
                         "shards used together must agree"
                     )
         self.codec: str = first.codec
@@ -325,20 +351,37 @@ class ShardSet:
         starts = np.cumsum([0, *(len(table.tars) for table in tables)])
         self._shard = np.concatenate([table.shard + start for table, start in zip(tables, starts, strict=False)])
         self._tars = [tar for table in tables for tar in table.tars]
-        self._open: OrderedDict[int, _File] = OrderedDict()
-        self._lock = threading.Lock()
+        self.is_local: bool = all(storage.is_local for storage in storages)
+        self.shard_sizes: tuple[int, ...] = tuple(np.bincount(self._shard, minlength=len(self._tars)).tolist())
+        self._cache = cache
+        self._kept = 0  # of how many shards, the first ones, copies are kept: with more, each would drive out the next
+        if cache is not None:
+            ends = np.cumsum([tar.size for tar in self._tars], dtype=np.int64)
+            self._kept = int(np.searchsorted(ends, cache.limit, side="right"))
 
     @classmethod
-    def open(cls, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> ShardSet:
-        """Open one directory or several as one set.
+    def open(
+        cls,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        remote: RemoteOptions | None = None,
+        cache: CacheOptions | None = None,
+    ) -> ShardSet:
+        """Open one shard set or several as one: folders, or ``http://`` and ``https://`` addresses of such.
+
+        Args:
+            paths: folders and addresses.
+            remote: how addresses are read.
+            cache: where copies of shards are kept.
 
         Raises:
-            UserError: a directory that is no shard set, is damaged, or does not go with the others.
+            UserError: a place that is no shard set, is damaged, does not go with the others, or gives no answer.
         """
         several = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         if not several:
             raise UserError("no shard directory is named; make one with `xkd-fast prepare`")
-        return cls([Path(path) for path in several])
+        kept = ShardCache(Path(cache.folder), cache.limit) if cache is not None and cache.folder is not None else None
+        return cls(_storages(several, remote or RemoteOptions()), kept)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -376,12 +419,27 @@ class ShardSet:
         Raises:
             CorruptSampleError: naming shard and key, if the bytes do not have the checksum they were written with.
         """
-        video, audio = (self._read_part(index, part) for part in (0, 1))
-        return EncodedSample(self.keys[index], int(self.labels[index]), video, audio)
+        return self._encoded(index, self._read_parts(index, (0, 1)))
+
+    def _encoded(self, index: int, parts: list[NDArray[np.uint8]]) -> EncodedSample:
+        return EncodedSample(self.keys[index], int(self.labels[index]), *parts)
+
+    def place(self, index: int) -> tuple[int, int, int]:
+        """Where a sample's picture and sound are: number of the shard, first byte, end; with the tar's headers between them."""
+        start, end = self._span(index, (0, 1))
+        return int(self._shard[index]), start, end
+
+    def unpack(self, index: int, data: bytes | memoryview) -> EncodedSample:
+        """A sample from the bytes at its `place`.
+
+        Raises:
+            CorruptSampleError: as `read`.
+        """
+        return self._encoded(index, self._checked(index, (0, 1), data))
 
     def details(self, index: int) -> dict[str, Any]:
         """A sample's ``KEY.json``: source, class, duration and whatever else was noted when it was prepared."""
-        details: dict[str, Any] = json.loads(self._read_part(index, 2).tobytes())
+        details: dict[str, Any] = json.loads(self._read_parts(index, (2,))[0].tobytes())
         return details
 
     def damage(self, index: int) -> list[CorruptSampleError]:
@@ -389,53 +447,68 @@ class ShardSet:
         found = []
         for part in range(len(PARTS)):
             try:
-                self._read_part(index, part)
+                self._read_parts(index, (part,))
             except CorruptSampleError as error:
                 found.append(error)
         return found
 
-    def _read_part(self, index: int, part: int) -> NDArray[np.uint8]:
-        offset, size, expected = (int(number) for number in self._ranges[index, part])
-        if offset < 0:
-            return np.empty(0, np.uint8)
+    def _span(self, index: int, parts: Sequence[int]) -> tuple[int, int]:
+        """First byte and end of the given parts together; of absent ones, 0 and 0."""
+        present = [self._ranges[index, part] for part in parts if self._ranges[index, part, 0] >= 0]
+        start = min((int(offset) for offset, _, _ in present), default=0)
+        return start, max((int(offset + size) for offset, size, _ in present), default=0)
+
+    def _read_parts(self, index: int, parts: tuple[int, ...]) -> list[NDArray[np.uint8]]:
+        """Parts of a sample, empty where it has none; CRCs checked."""
+        start, end = self._span(index, parts)
+        if end - start > sum(int(self._ranges[index, part, 1]) for part in parts) + GAP:
+            return [self._read_parts(index, (part,))[0] for part in parts]
         number = int(self._shard[index])
+        tar = self._tars[number]
         try:
-            data = self._file(number).read(offset, size)
-        except OSError as error:
-            raise UserError(
-                f"{self._tars[number]} cannot be read: {error.strerror}; look at the disk or network it is on"
-            ) from error
-        actual = zlib.crc32(data)
-        if len(data) != size or actual != expected:
-            raise CorruptSampleError(
-                f"{self._tars[number]}, sample {self.keys[index]}, {PARTS[part]}: {len(data)} of {size} bytes, "
-                f"CRC {actual:08x} where {expected:08x} was written"
-            )
-        return np.frombuffer(data, np.uint8)
+            return self._checked(index, parts, self.read_range(number, start, end - start))
+        except CorruptSampleError:
+            if tar.storage.is_local and number >= self._kept:
+                raise
+        # spoiled on its way, or in the cache: once more, from where it came
+        whole = self._checked(index, parts, tar.storage.read(tar.name, start, end - start))
+        if self._cache is not None and number < self._kept:
+            self._cache.discard(tar.digest)
+        return whole
 
-    def _file(self, number: int) -> _File:
-        with self._lock:
-            file = self._open.pop(number, None) or _File(self._tars[number])
-            self._open[number] = file
-            if len(self._open) > MAX_OPEN_FILES:
-                self._open.popitem(last=False)  # closed when its last reader lets go of it
-            return file
+    def read_range(self, number: int, offset: int, size: int) -> bytes:
+        """Bytes of a shard, from the cache where that keeps it; fewer at its end. No CRC is checked.
 
+        Args:
+            number: of the shard.
+            offset: first byte.
+            size: bytes.
 
-class _File:
-    """A file descriptor that closes with its last reference."""
+        Raises:
+            UserError: it cannot be read.
+        """
+        tar = self._tars[number]
+        if self._cache is not None and number < self._kept:
+            for _ in range(TRIES):
+                data = self._cache.read(tar.digest, offset, size)
+                if data is not None:
+                    return data
+                if not self._cache.bring(tar.digest, tar.size, lambda file: tar.storage.copy(tar.name, file)):
+                    break
+        return tar.storage.read(tar.name, offset, size)
 
-    def __init__(self, path: Path) -> None:
-        self._descriptor = -1
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"{path} cannot be opened: {error}") from error
-
-    def read(self, offset: int, size: int) -> bytes:
-        """``size`` bytes at ``offset``; fewer at the end of the file."""
-        return os.pread(self._descriptor, size, offset)
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+    def _checked(self, index: int, parts: Sequence[int], data: bytes | memoryview) -> list[NDArray[np.uint8]]:
+        """The parts inside ``data``, the bytes of their span."""
+        start, _ = self._span(index, parts)
+        found = []
+        for part in parts:
+            offset, size, expected = (int(number) for number in self._ranges[index, part])
+            own = memoryview(data)[offset - start : offset - start + size] if offset >= 0 else memoryview(b"")
+            actual = zlib.crc32(own)
+            if offset >= 0 and (len(own) != size or actual != expected):
+                raise CorruptSampleError(
+                    f"{self._tars[int(self._shard[index])]}, sample {self.keys[index]}, {PARTS[part]}: {len(own)} of {size} "
+                    f"bytes, CRC {actual:08x} where {expected:08x} was written"
+                )
+            found.append(np.frombuffer(own, np.uint8) if len(own) else np.empty(0, np.uint8))
+        return found

@@ -297,6 +297,8 @@ FREE_OPTIONS = frozenset(
         "data.demo",
         "data.train",
         "data.on_corrupt",
+        "data.remote",
+        "data.cache",
     }
 )
 

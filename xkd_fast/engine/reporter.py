@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from xkd_fast.data.stage_times import StageTimes
 from xkd_fast.engine.checkpoint import Checkpoints, TrainState
+from xkd_fast.engine.data_wait import DataWait
 from xkd_fast.engine.engine import Engine
 from xkd_fast.engine.health import collapse
 from xkd_fast.engine.launch import every_rank, first_rank_first
@@ -54,6 +56,7 @@ class Reporter:
         self._speed = Speedometer(config.train.global_batch)
         self._folder, self._damaged, self._collapsed = Path(config.output), 0, False
         self._cost, self._skipped = cost, state.skipped
+        self._data_wait = DataWait(StageTimes(), config.log.data_wait_alarm, engine.device)
         self._log = MetricLog()
         first_rank_first(lambda: self._log.open(self._folder, config, resumed_at=state.step))
         enabled = config.log.progress and dist.get_rank() == 0
@@ -71,6 +74,10 @@ class Reporter:
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
         self._progress.say(message)
+
+    def watch(self, times: StageTimes) -> None:
+        """Warn of whichever stage of the data keeps the step waiting, by these times."""
+        self._data_wait = DataWait(times, self._config.log.data_wait_alarm, self._engine.device)
 
     def waited(self, seconds: float) -> None:
         """Count time the step waited for its data."""
@@ -109,6 +116,10 @@ class Reporter:
             if self._engine.optimizer.watches_overflow:
                 row |= {"loss_scale": self._engine.loss_scale.value, "skipped_steps": self._skipped}
             row |= self._engine.stragglers.read() if self._engine.stragglers else {}
+            stages, warning = self._data_wait.read(row["data_wait_share"], row["clips_per_second"])
+            row |= stages
+            if warning:
+                self.say(f"warning: {warning}")
             row["damaged_samples"] = self._list_damaged(damage())
             self._warn_of_collapse(row)
             first_rank_first(lambda: self._log.write(row))

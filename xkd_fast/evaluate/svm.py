@@ -32,7 +32,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import LinearSVC
 
 from xkd_fast.data.pipeline import clips
-from xkd_fast.data.shards import ShardSet
+from xkd_fast.data.shards import ShardSet, shard_place
 from xkd_fast.errors import UserError
 from xkd_fast.evaluate.features import ClipFeatures, Role, TrainedModel, extract_features, load_model
 from xkd_fast.files import write_aside
@@ -54,6 +54,10 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _resolved(place: Path | str) -> str:
+    return place.rstrip("/") if isinstance(place, str) else str(place.resolve())
+
+
 @dataclass(frozen=True)
 class SvmOptions:
     """What is evaluated, and how.
@@ -63,8 +67,8 @@ class SvmOptions:
     """
 
     checkpoint: Path  # a checkpoint's folder, its model.safetensors, or a run's folder
-    data: Path  # shards to train the SVM on, and to test it on where test_data is None
-    test_data: Path | None = None
+    data: Path | str  # shards to train the SVM on, and to test it on where test_data is None; an address is a str
+    test_data: Path | str | None = None
     network: Role = "teacher"  # whose encoder
     modalities: tuple[str, ...] = MODALITIES
     train_clips: int = 25  # random clips per training sample
@@ -103,7 +107,7 @@ class SvmOptions:
         )
         _require(0 <= self.seed < 2**32, f"--seed {self.seed} must lie in 0-{2**32 - 1}")
         _require(
-            self.test_data is None or self.test_data.resolve() != self.data.resolve(),
+            self.test_data is None or _resolved(self.test_data) != _resolved(self.data),
             f"--test-data {self.test_data} is the same folder as --data; leave it out to split --data into training and test",
         )
 
@@ -197,7 +201,7 @@ def stratified_split(labels: NDArray[np.int64], fraction: float, seed: int) -> t
     return np.setdiff1d(np.arange(len(labels)), out), out
 
 
-def open_samples(path: Path, classes: list[str] | None) -> tuple[Samples, list[str]]:
+def open_samples(path: Path | str, classes: list[str] | None) -> tuple[Samples, list[str]]:
     """All samples of a shard folder, and the classes their labels count into (``classes``, if given).
 
     Raises:
@@ -518,8 +522,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``xkd-fast evaluate svm``."""
     add, default = parser.add_argument, SvmOptions(Path("checkpoint"), Path("data"))
     add("--checkpoint", type=Path, required=True, metavar="PATH", help="a checkpoint, its model.safetensors, or a run's folder")
-    add("--data", type=Path, required=True, metavar="SHARDS", help="labelled shards to train the SVM on")
-    add("--test-data", type=Path, metavar="SHARDS", help="shards to test on (default: a part of --data)")
+    add("--data", type=shard_place, required=True, metavar="SHARDS",
+        help="labelled shards to train the SVM on: a folder, or an http(s):// address of one")  # fmt: skip
+    add("--test-data", type=shard_place, metavar="SHARDS", help="shards to test on (default: a part of --data)")
     add("--network", choices=get_args(Role), default=default.network, help=f"whose encoder (default: {default.network})")
     add("--modalities", default=",".join(MODALITIES), metavar="LIST", help="of video, audio, both (default: all three)")
     add(
