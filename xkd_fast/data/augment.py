@@ -106,9 +106,7 @@ class CropResize:
         images = narrowed.view(channels * count, height, self.size)
         result = pixels.new_empty(channels * count, self.size, self.size)
         for band in self._bands[1]:
-            torch.bmm(
-                band.weights.expand(channels * count, -1, -1), images[:, band.columns], out=result[:, band.rows]
-            )
+            torch.bmm(band.weights.expand(channels * count, -1, -1), images[:, band.columns], out=result[:, band.rows])
         return result.view(channels, count, self.size, self.size)
 
 
@@ -183,19 +181,22 @@ def shift_hue(video: Tensor, shift: Tensor) -> Tensor:
     chroma = torch.minimum(red, green)
     torch.minimum(chroma, blue, out=chroma)
     torch.sub(value, chroma, out=chroma)
-    sixth = (chroma * 6).clamp_min_(1e-8).reciprocal_()  # hue in turns = difference · sixth + the leading channel's own hue
+    sixfold = chroma * 6
+    sixth = sixfold.clamp_min(1e-8).reciprocal_()  # hue in turns = difference · sixth + the leading channel's own hue
     third = torch.full((), 1 / 3, dtype=video.dtype, device=video.device)
     leads = torch.empty_like(value)
     hue = torch.addcmul(2 * third, red - green, sixth)
     hue.lerp_(torch.addcmul(third, blue - red, sixth), torch.eq(value, green, out=leads))
     hue.lerp_((green - blue).mul_(sixth), torch.eq(value, red, out=leads))
     hue.add_(_per_clip(shift, hue))
+    base = value.sub_(chroma, alpha=2)
     turns, distance = leads, sixth
     for channel, own in enumerate((0.0, 1 / 3, 2 / 3)):
-        # distance in turns from the hue opposite to this channel's: within 1/6 of it the channel is at its lowest
+        # distance in turns from the hue opposite to this channel's: within 1/6 of it the channel is at its lowest, from 1/3 on
+        # at its highest, and in between value - chroma · (2 - 6 · distance)
         torch.sub(hue, own + 0.5, out=distance)
-        distance.sub_(torch.round(distance, out=turns)).abs_().mul_(-6).add_(2).clamp_(0, 1)
-        torch.addcmul(value, chroma, distance, value=-1, out=video[:, channel])
+        distance.sub_(torch.round(distance, out=turns)).abs_().clamp_(1 / 6, 1 / 3)
+        torch.addcmul(base, sixfold, distance, out=video[:, channel])
     return video
 
 
@@ -308,9 +309,7 @@ def video_views(
     per_pass = max(1, PIXELS_PER_PASS // (len(cuts) * size * size)) if out.device.type == "cpu" else frames
     for first in range(0, frames, per_pass):
         last = min(first + per_pass, frames)
-        parts = [
-            cut(clip[draw.start + first : draw.start + last]) for cut, clip, draw in zip(cuts, clips, draws, strict=True)
-        ]
+        parts = [cut(clip[draw.start + first : draw.start + last]) for cut, clip, draw in zip(cuts, clips, draws, strict=True)]
         video = parts[0][None] if len(parts) == 1 else torch.stack(parts)
         video = blur(jitter_colours(video, draws), sigmas)
         for channel, (mean, std) in enumerate(zip(pixel_mean, pixel_std, strict=True)):
