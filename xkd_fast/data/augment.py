@@ -30,8 +30,9 @@ from xkd_fast.data.views import (
 )
 
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R 601-2 luma, as in PIL)
-# Colour operations run on so many pixels at a time on CPU: 32 × 112 × 112 take 8.7 ms in passes of 50 176 pixels, 19 ms in one
-# (one Xeon core, 2 MiB of L2 cache), while passes of 12 544 take 16 ms.
+# A view is made of so many pixels at a time on CPU. Colours of 32 × 112 × 112 take 8.7 ms in passes of 50 176 pixels, 19 ms in
+# one (one Xeon core, 2 MiB of L2 cache), while passes of 12 544 take 16 ms; a whole view 10.4-10.6 ms in passes of 50 000 to
+# 150 000, 13.7 in one (one core of an EPYC, 1 MiB).
 PIXELS_PER_PASS = 80_000
 ACROSS_BAND, DOWN_BAND = 16, 28  # output columns and rows of a resize that are computed at a time on CPU
 
@@ -74,7 +75,8 @@ class CropResize:
     """Cuts one crop out of every frame and resizes it, as a pair of matrices: `resize_crop` for many frames of a clip.
 
     On a CPU the matrices are applied a few rows at a time, each with the pixels that these read: 32 frames of 101 × 130 to
-    112 × 112 take 2.4 ms so, 6.6 ms by whole matrices (one EPYC core); on a GPU whole, in two launches.
+    112 × 112 take 3.2 ms so, four frames at a time, and 7.6 ms by whole matrices (one EPYC core). On a GPU they are applied
+    whole, in two launches.
 
     Args:
         stored: height and width of the frames.
@@ -273,6 +275,12 @@ def blur(video: Tensor, sigmas: Sequence[float]) -> Tensor:
     return _on_clips(video, clips, both_sides)
 
 
+@lru_cache(maxsize=16)
+def _per_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    # for [N, 3, T, H, W]; kept, since each copy to a GPU waits for it
+    return torch.tensor(numbers, device=device).view(3, 1, 1, 1)
+
+
 def video_views(
     clips: Sequence[Tensor],
     draws: Sequence[VideoDraw],
@@ -305,6 +313,7 @@ def video_views(
     ]
     sigmas = [draw.blur_sigma for draw in draws]
     out = clips[0].new_empty(len(clips), 3, frames, size, size, dtype=torch.float32) if out is None else out
+    mean, std = (_per_channel(tuple(numbers), out.device) for numbers in (pixel_mean, pixel_std))
     # Nothing here looks at another frame. On a CPU a few frames go through all of it while they are in its cache.
     per_pass = max(1, PIXELS_PER_PASS // (len(cuts) * size * size)) if out.device.type == "cpu" else frames
     for first in range(0, frames, per_pass):
@@ -312,8 +321,7 @@ def video_views(
         parts = [cut(clip[draw.start + first : draw.start + last]) for cut, clip, draw in zip(cuts, clips, draws, strict=True)]
         video = parts[0][None] if len(parts) == 1 else torch.stack(parts)
         video = blur(jitter_colours(video, draws), sigmas)
-        for channel, (mean, std) in enumerate(zip(pixel_mean, pixel_std, strict=True)):
-            torch.sub(video[:, channel], mean, out=out[:, channel, first:last]).div_(std)
+        torch.sub(video, mean, out=out[:, :, first:last]).div_(std)
     return out
 
 
