@@ -215,16 +215,35 @@ _COLOUR_OPERATIONS: tuple[tuple[Callable[[Tensor, Tensor], Tensor], str, float],
 )
 
 
-def jitter_colours(video: Tensor, draws: Sequence[VideoDraw]) -> Tensor:
-    """Brightness, contrast, saturation, hue of [N, 3, T, H, W], each clip in its own order, then grey where drawn; in place."""
+@dataclass(frozen=True)
+class _ColourStep:
+    # an in-place operation on some clips of a batch
+    operation: Callable[..., Tensor]
+    clips: list[int]
+    factors: tuple[Tensor, ...]
+
+
+def _colour_steps(draws: Sequence[VideoDraw], dtype: torch.dtype) -> list[_ColourStep]:
+    steps = []
     for place in range(len(_COLOUR_OPERATIONS)):
         for number in sorted({draw.order[place] for draw in draws}):
             operation, field, neutral = _COLOUR_OPERATIONS[number]
             clips = [n for n, draw in enumerate(draws) if draw.order[place] == number and getattr(draw, field) != neutral]
             if clips:
-                factors = torch.tensor([getattr(draws[n], field) for n in clips], dtype=video.dtype)
-                _on_clips(video, clips, operation, factors)
-    return _on_clips(video, [n for n, draw in enumerate(draws) if draw.grey], to_grey)
+                factors = torch.tensor([getattr(draws[n], field) for n in clips], dtype=dtype)
+                steps.append(_ColourStep(operation, clips, (factors,)))
+    return [*steps, _ColourStep(to_grey, [n for n, draw in enumerate(draws) if draw.grey], ())]
+
+
+def _apply_colours(video: Tensor, steps: Sequence[_ColourStep]) -> Tensor:
+    for step in steps:
+        _on_clips(video, step.clips, step.operation, *step.factors)
+    return video
+
+
+def jitter_colours(video: Tensor, draws: Sequence[VideoDraw]) -> Tensor:
+    """Brightness, contrast, saturation, hue of [N, 3, T, H, W], each clip in its own order, then grey where drawn; in place."""
+    return _apply_colours(video, _colour_steps(draws, video.dtype))
 
 
 def _on_clips(video: Tensor, clips: list[int], operation: Callable[..., Tensor], *factors: Tensor) -> Tensor:
@@ -311,7 +330,7 @@ def video_views(
         CropResize((clip.shape[1], clip.shape[2]), draw.crop, size, short_side=short_side, flip=draw.flip)
         for clip, draw in zip(clips, draws, strict=True)
     ]
-    sigmas = [draw.blur_sigma for draw in draws]
+    colours, sigmas = _colour_steps(draws, torch.float32), [draw.blur_sigma for draw in draws]
     out = clips[0].new_empty(len(clips), 3, frames, size, size, dtype=torch.float32) if out is None else out
     mean, std = (_per_channel(tuple(numbers), out.device) for numbers in (pixel_mean, pixel_std))
     # Nothing here looks at another frame. On a CPU a few frames go through all of it while they are in its cache.
@@ -320,7 +339,7 @@ def video_views(
         last = min(first + per_pass, frames)
         parts = [cut(clip[draw.start + first : draw.start + last]) for cut, clip, draw in zip(cuts, clips, draws, strict=True)]
         video = parts[0][None] if len(parts) == 1 else torch.stack(parts)
-        video = blur(jitter_colours(video, draws), sigmas)
+        video = blur(_apply_colours(video, colours), sigmas)
         torch.sub(video, mean, out=out[:, :, first:last]).div_(std)
     return out
 
