@@ -46,7 +46,7 @@ class Pile:
     names: int
 
 
-FULL = (Pile(media.KINETICS, 16, 3), Pile(media.HD, 4, 3))
+FULL = (Pile(media.KINETICS, 16, 2), Pile(media.HD, 4, 2))
 SMOKE = (Pile(media.TINY, 2, 1),)
 
 
