@@ -74,10 +74,9 @@ def data_paragraph() -> str:
             "many processors like these the fastest measured step of the base model would need, were the figure to scale",
             f"({'; '.join(f'{name}: {rate[name]:.3g} clips/s' for name in machines)}).",
             "",
-            "| from | clips/s | decoded alone | on one thread | against the DataLoader | kB read a clip | "
-            + " | ".join(f"for {name.split(',')[0]}" for name in machines)
-            + " |",
-            "|---|---|---|---|---|---|" + "---|" * len(machines),
+            "| from | clips/s | decoded alone | on one thread | processor ms a clip | against the DataLoader | in processor time "
+            "| kB read | " + " | ".join(f"for {name.split(',')[0]}" for name in machines) + " |",
+            "|---|---|---|---|---|---|---|---|" + "---|" * len(machines),
         ]
         for row in result["rows"]:
             name = f"shards, {row['name']}" if "stage_seconds" in row else row["name"]
@@ -85,9 +84,12 @@ def data_paragraph() -> str:
             speed = row["clips_per_second"]["median"]
             cells = [name.replace("DataLoader", "a plain DataLoader, PyAV"), f"{speed:.3g}"]
             cells += [f"{found['median']:.3g}" if found else "–" for found in (decoded, one)]
-            cells.append(ranged(row["against_loader"]) if "against_loader" in row else "1 ×")
+            cells.append(f"{1e3 * row['processor_seconds_per_clip']['median']:.1f}")
+            for key in ("against_loader", "against_loader_in_processor_time"):
+                cells.append(ranged(row[key]) if key in row else "1 ×")
             cells.append(f"{row['bytes_read_per_clip'] / 1e3:.0f}")
-            cells += [_processors(rate[machine] / speed * result["threads"]) for machine in machines]
+            used = row["processor_seconds_per_clip"]["median"]
+            cells += [_processors(rate[machine] * used) for machine in machines]
             lines.append(f"| {' | '.join(cells)} |")
         lines += [
             "",

@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks import media, record, timing
+from benchmarks import media, record
 from benchmarks.originals import Reader, dali_refusal, read_by_pyav, torchcodec_reader, versions
 from benchmarks.plain_loader import PlainDataset, plain_loader
 from xkd_fast.config import Config, load_config
@@ -65,7 +66,7 @@ class Size:
     rounds_of_one_thread: int
 
 
-FULL = Size(media.KINETICS, files=16, batch=16, rounds=7, rounds_of_one_thread=3)
+FULL = Size(media.KINETICS, files=16, batch=16, rounds=5, rounds_of_one_thread=3)
 SMOKE = Size(media.TINY, files=2, batch=2, rounds=1, rounds_of_one_thread=1)
 
 
@@ -204,6 +205,39 @@ class ByLoader:
         """How many clips came."""
         return sum(len(views[0]) for views in self.loader)
 
+    def processor_seconds(self) -> float:
+        """Of all its processes so far."""
+        workers = getattr(self.loader._iterator, "_workers", [])
+        fields = [Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split() for worker in workers]
+        return sum(int(ticks) for row in fields for ticks in row[11:13]) / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Timed:
+    """Seconds by the clock and of processors, of every call of a contestant's work, and the clips of a call."""
+
+    work: Callable[[], object]
+    clips: int
+    elsewhere: Callable[[], float] = float  # processor seconds of other processes so far
+    seconds: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Once."""
+        begun, used = time.perf_counter(), time.process_time() + self.elsewhere()
+        self.work()
+        self.seconds.append((time.perf_counter() - begun) / self.clips)
+        self.processor_seconds.append((time.process_time() + self.elsewhere() - used) / self.clips)
+
+
+def in_turns(works: dict[str, Timed], rounds: int) -> None:
+    """Times all works, so often each, after an untimed call."""
+    for timed in works.values():
+        timed.work()
+    for _ in range(rounds):
+        for timed in works.values():
+            timed.run()
+
 
 def demand() -> dict[str, float]:
     """Clips per second of the fastest measured training step of the base model, by machine and precision."""
@@ -241,24 +275,26 @@ def test_data(measuring: bool, tmp_path: Path) -> None:
     loader = ByLoader(paths, config, size, cores)
     check(contestants, loader, config)
 
-    works: dict[str, Callable[[], object]] = {"DataLoader": loader.epoch}
-    works |= {name: each.batch for name, each in contestants.items()}
-    works |= {f"{name}, decode": each.decode for name, each in contestants.items()}
-    seconds = timing.seconds(works, CPU, size.rounds)
-    plain = [taken / len(loader.dataset) for taken in seconds["DataLoader"]]
+    works = {"DataLoader": Timed(loader.epoch, len(loader.dataset), loader.processor_seconds)}
+    works |= {name: Timed(each.batch, size.batch) for name, each in contestants.items()}
+    works |= {f"{name}, decode": Timed(each.decode, size.batch) for name, each in contestants.items()}
+    in_turns(works, size.rounds)
+    plain = works["DataLoader"]
     rows: list[dict[str, Any]] = []
     for name, each in contestants.items():
-        own = [taken / size.batch for taken in seconds[name]]
-        row: dict[str, Any] = {"name": name, "bytes_read_per_clip": round(each.bytes_read_per_clip)}
-        row["clips_per_second"] = record.spread([1 / taken for taken in own])
-        row["decode_clips_per_second"] = record.spread([size.batch / taken for taken in seconds[f"{name}, decode"]])
-        row["against_loader"] = record.spread([a / b for a, b in zip(plain, own, strict=True)])
+        row: dict[str, Any] = {"name": name, "bytes_read_per_clip": round(each.bytes_read_per_clip)} | speeds(works[name])
+        row["decode_clips_per_second"] = record.spread([1 / taken for taken in works[f"{name}, decode"].seconds])
+        for kind in ("seconds", "processor_seconds"):
+            pairs = zip(getattr(plain, kind), getattr(works[name], kind), strict=True)
+            row["against_loader" if kind == "seconds" else "against_loader_in_processor_time"] = record.spread(
+                [theirs / own for theirs, own in pairs]
+            )
         if isinstance(each, FromShards):
             with single_threaded_pool(1) as alone:
                 row["stage_seconds"] = alone.submit(each.stages, size.rounds_of_one_thread).result()
         each.close()
         rows.append(row)
-    rows.append({"name": "DataLoader", "clips_per_second": record.spread([1 / taken for taken in plain])})
+    rows.append({"name": "DataLoader"} | speeds(plain))
     rows[-1]["bytes_read_per_clip"] = round(contestants["files, PyAV"].bytes_read_per_clip)
     one = one_thread(folder, paths, config, size)
     for row in rows:
@@ -271,14 +307,23 @@ def test_data(measuring: bool, tmp_path: Path) -> None:
         record.write(f"data_{record.place(CPU)}", result)
 
 
+def speeds(timed: Timed) -> dict[str, Any]:
+    """Clips per second by the clock, and what a clip costs of processors, which other programs on them change less."""
+    return {
+        "clips_per_second": record.spread([1 / taken for taken in timed.seconds]),
+        "processor_seconds_per_clip": record.spread(timed.processor_seconds),
+    }
+
+
 def one_thread(folder: Path, paths: list[Path], config: Config, size: Size) -> dict[str, dict[str, float]]:
     """Clips per second of the shards and of PyAV on one core; what else the process could start would hide there."""
     alone: dict[str, Any] = {codec: FromShards(folder / codec, config, size, 1) for codec in CPU_CODECS}
     alone["files, PyAV"] = FromFiles(paths, config, size, 1, read_by_pyav)
-    seconds = timing.seconds({name: each.batch for name, each in alone.items()}, CPU, size.rounds_of_one_thread)
+    works = {name: Timed(each.batch, size.batch) for name, each in alone.items()}
+    in_turns(works, size.rounds_of_one_thread)
     for each in alone.values():
         each.close()
-    return {name: record.spread([size.batch / taken for taken in times]) for name, times in seconds.items()}
+    return {name: speeds(timed)["clips_per_second"] for name, timed in works.items()}
 
 
 def check(contestants: dict[str, Any], loader: ByLoader, config: Config) -> None:
@@ -307,9 +352,10 @@ def check(contestants: dict[str, Any], loader: ByLoader, config: Config) -> None
 def told(row: dict[str, Any]) -> str:
     """A line for a contestant."""
     line = f"  {row['name']}: {row['clips_per_second']['median']:.1f} clips/s"
+    line += f", {1e3 * row['processor_seconds_per_clip']['median']:.1f} ms of processors a clip"
     if "decode_clips_per_second" in row:
         line += f" ({row['decode_clips_per_second']['median']:.1f} decoded alone), {row['against_loader']['median']:.1f} × the"
-        line += " DataLoader"
+        line += f" DataLoader, {row['against_loader_in_processor_time']['median']:.1f} × in processor time"
     if one := row["one_thread_clips_per_second"]:
         line += f", {one['median']:.1f} on one thread"
     if stages := row.get("stage_seconds"):
