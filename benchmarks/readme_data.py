@@ -74,8 +74,8 @@ def data_paragraph() -> str:
             "many processors like these the fastest measured step of the base model would need, were the figure to scale",
             f"({'; '.join(f'{name}: {rate[name]:.3g} clips/s' for name in machines)}).",
             "",
-            "| from | clips/s | decoded alone | on one thread | processor ms a clip | against the DataLoader | in processor time "
-            "| kB read | " + " | ".join(f"for {name.split(',')[0]}" for name in machines) + " |",
+            "| from | clips/s | decoded alone | on one thread | processor ms a clip | against the DataLoader "
+            "| in processor time | kB read | " + " | ".join(f"for {name.split(',')[0]}" for name in machines) + " |",
             "|---|---|---|---|---|---|---|---|" + "---|" * len(machines),
         ]
         for row in result["rows"]:

@@ -11,7 +11,7 @@ The floor of what follows decoding, on one core (pixels: 32 · 112² + 8 · 96²
 - moved, if nothing were kept in between: 2.1 MB of uint8 (32 frames of 128 × 170), of which crops read some 60 %, and 5.9 MB of
   float32 written (1.4 M numbers of pictures, 45 000 of spectrograms): 0.8 ms at 10 GB/s
 - resizing by taps, 2-3 a side: 1.4 M numbers × 2 sides × 3 multiply-adds = 17 MFLOP; by whole matrices some 0.6 GFLOP, 7 ms at
-  80 GFLOP/s; by bands of 16 or 28 rows 0.15 GFLOP, 2 ms
+  80 GFLOP/s; by bands of 16 rows 0.15 GFLOP, 2 ms
 - colours: 475 000 pixels × about 75 operations (brightness 6, contrast 12, saturation 12, hue 45) = 36 MFLOP: 0.5 ms at
   80 GFLOP/s in one pass; as operators of PyTorch some 60 passes over 1.9 MB in a second-level cache: 3 ms at 40 GB/s
 - sound: 448 + 112 windows of 1 024: 14 MFLOP of Fourier transforms, 46 MFLOP of filter bank: 1 ms
