@@ -31,8 +31,8 @@ from xkd_fast.data.views import (
 
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R 601-2 luma, as in PIL)
 # A view is made of so many pixels at a time on CPU. Colours of 32 × 112 × 112 take 8.7 ms in passes of 50 176 pixels, 19 ms in
-# one (one Xeon core, 2 MiB of L2 cache), while passes of 12 544 take 16 ms; a whole view 8.1 ms in passes of 100 000, 8.4-8.9 of
-# 50 000, 80 000 or 150 000, and half as much again in one (one core of an EPYC, 1 MiB).
+# one (one Xeon core, 2 MiB of L2 cache), while passes of 12 544 take 16 ms; a whole view 8.1 ms in passes of 100 000 pixels,
+# 8.4-8.9 of 50 000, 80 000 or 150 000, and a third more in one (one core of an EPYC, 1 MiB).
 PIXELS_PER_PASS = 100_000
 ACROSS_BAND, DOWN_BAND = 16, 16  # output columns and rows of a resize that are computed at a time on CPU
 
