@@ -51,7 +51,7 @@ def choice_paragraph() -> str:
                 f"| disk, or a network of less than {even:.0f} MB/s for these {result['threads']} threads | `{smallest}` | "
                 f"{told(smallest)} |"
             )
-        lines.append(f"| programs that read our containers | `mjpeg` | {told('mjpeg')} |")
+        lines.append(f"| players: any program is to show the files | `mjpeg` | {told('mjpeg')} |")
         psnr = f", {fidelity[lossless]:.1f} dB" if lossless in fidelity else ""
         lines += [f"| nothing but fidelity | `{lossless}` | {told(lossless)}{psnr} |", ""]
     return "\n".join(lines[:-1])
@@ -105,8 +105,12 @@ def data_paragraph() -> str:
                 lines.append(f"| {row['name']} | {' | '.join(cells)} |")
         for name, reason in result["absent"].items():
             lines += ["", f"Not measured: {name}: {reason}."]
-        lines += [f"Decoders: {', '.join(f'{name} {version}' for name, version in result['decoders'].items())}.", ""]
+        lines += [f"Decoders: {', '.join(f'{name} {_version(version)}' for name, version in result['decoders'].items())}.", ""]
     return "\n".join(lines[:-1])
+
+
+def _version(told: str) -> str:
+    return told.removeprefix("By torchcodec ").rstrip(".")
 
 
 def _processors(number: float) -> str:
