@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.race import Row, untimed
+from benchmarks.readme_data import choice_paragraph, data_paragraph, prepare_paragraph
 from xkd_fast.analysis.flops import PARTS, savings, step_flops, total
 from xkd_fast.model.options import ModelOptions
 
@@ -265,7 +266,10 @@ def codecs_paragraph() -> str:
 
 
 PARAGRAPHS = {
+    "choice": choice_paragraph,
     "codecs": codecs_paragraph,
+    "data": data_paragraph,
+    "prepare": prepare_paragraph,
     "seeds": seeds_paragraph,
     "flops": flops_paragraph,
     "demo": demo_paragraph,

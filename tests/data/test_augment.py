@@ -237,6 +237,38 @@ def test_passes_of_a_long_clip_change_nothing() -> None:
     torch.testing.assert_close(ours, whole)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_views_are_pils_pictures(seed: int) -> None:
+    """Red if a stage is left out, comes at another place or means something else than in PIL, which rounds after each.
+
+    Short side, crop, resize, flip, then brightness, contrast, saturation and grey of 8-bit images; PIL's hue is too coarse for
+    this (see above) and its Gaussian blur is another one.
+    """
+    random = np.random.default_rng(seed)
+    frames = [picture(100 * seed + number, 128, 170) for number in range(4)]
+    brightness, contrast, saturation = random.uniform(0.6, 1.4, 3)
+    order = tuple(int(number) for number in random.permutation(4))
+    crop = (int(random.integers(20)), int(random.integers(30)), 85, 96)
+    draw = VideoDraw(0, crop, bool(seed % 2), order, brightness, contrast, saturation, 0.0, seed == 3, 0.0)
+    unscaled = {"pixel_mean": (0.0, 0.0, 0.0), "pixel_std": (1.0, 1.0, 1.0)}
+    clip = torch.from_numpy(np.stack(frames))
+    ours = grey_levels(video_views([clip], [draw], frames=4, size=112, short_side=112, **unscaled))
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for frame, result in zip(frames, ours, strict=True):
+        image = Image.fromarray(frame).resize((148, 112), Image.Resampling.BILINEAR)
+        top, left, height, width = crop
+        image = image.crop((left, top, left + width, top + height)).resize((112, 112), Image.Resampling.BILINEAR)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.flip else image
+        for number in order:
+            if number < 3:
+                image = enhancers[number](image).enhance((brightness, contrast, saturation)[number])
+        image = image.convert("L").convert("RGB") if draw.grey else image
+        difference = result - np.asarray(image).astype(float)
+        assert 0 <= difference.mean() <= 1.5  # half a level for each of three enhancers, which truncate
+        assert np.quantile(np.abs(difference - difference.mean()), 0.95) <= 2
+        assert np.abs(difference).max() <= 4.5
+
+
 def cubic(distance: float) -> float:
     """Keys' kernel with a = −0.75."""
     d = abs(distance)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from xkd_fast.data.sampler import clip_draw
 from xkd_fast.data.views import (
@@ -54,6 +55,20 @@ def assert_uniform(values: list[float], low: float, high: float) -> None:
     steps = np.arange(1, len(places) + 1) / len(places)
     distance = max(np.abs(places - steps).max(), np.abs(places - steps + 1 / len(places)).max())
     assert distance < 2.7 / np.sqrt(len(places)), f"distance {distance:.3f} from uniform in {low} – {high}"
+
+
+def assert_same_distribution(values: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
+    """Two samples: the Kolmogorov-Smirnov distance stays below its 1-in-10⁶ quantile."""
+    places = np.concatenate([values, expected])
+    shares = [np.searchsorted(np.sort(sample), places, side="right") / len(sample) for sample in (values, expected)]
+    distance = np.abs(shares[0] - shares[1]).max()
+    assert distance < 2.7 * np.sqrt(1 / len(values) + 1 / len(expected)), f"distance {distance:.3f} from what is stated"
+
+
+def assert_even_places(places: NDArray[np.int64], last: NDArray[np.int64]) -> None:
+    """Each of 0 … ``last`` equally often, whatever ``last`` is: a number within its place makes the share uniform."""
+    within = np.random.default_rng(1).random(len(places))
+    assert_uniform(((places + within) / (last + 1)).tolist(), 0, 1)
 
 
 def assert_even(values: list[int], expected: range) -> None:
@@ -159,6 +174,46 @@ def test_crops(draws: list[ClipDraw], view: str, area: tuple[float, float]) -> N
         assert np.mean(lefts / (width - widths)) == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize(("view", "area"), [("global", (0.2, 1.0)), ("local", (0.08, 0.4))])
+def test_crops_are_those_of_the_statement(draws: list[ClipDraw], view: str, area: tuple[float, float]) -> None:
+    """Red if a crop that does not fit is cut or drawn in another way, or lies anywhere but evenly: global crops often do not.
+
+    Stated once more, without our code: tries until one fits, the area uniform, the aspect log-uniform, the place even.
+    """
+    random = np.random.default_rng(7)
+    stated = []
+    while len(stated) < 20_000:
+        pixels = 112 * 148 * random.uniform(*area)
+        aspect = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+        width, height = np.rint(np.sqrt(pixels * aspect)), np.rint(np.sqrt(pixels / aspect))
+        if width <= 148 and height <= 112:
+            stated.append((height, width))
+    expected = np.array(stated)
+    views: list[VideoDraw] = [draw.video_global if view == "global" else draw.video_locals[0] for draw in draws]
+    tops, lefts, heights, widths = np.array([draw.crop for draw in views]).T
+    assert_same_distribution(heights * widths, expected[:, 0] * expected[:, 1])
+    assert_same_distribution(widths / heights, expected[:, 1] / expected[:, 0])
+    assert_even_places(tops, 112 - heights)
+    assert_even_places(lefts, 148 - widths)
+
+
+@pytest.mark.parametrize("view", ["global", "local"])
+def test_choices_of_a_view_are_independent(draws: list[ClipDraw], view: str) -> None:
+    """Red if two choices come from one number: a bright clip would then always be a saturated one, or flipped."""
+    views: list[VideoDraw] = [draw.video_global if view == "global" else draw.video_locals[0] for draw in draws]
+    heard = [draw.audio_global if view == "global" else draw.audio_locals[0] for draw in draws]
+    columns = [[getattr(draw, name) for draw in views] for name in ("brightness", "contrast", "saturation", "hue", "flip")]
+    columns += [[np.sqrt(draw.crop[2] * draw.crop[3]) for draw in views], [draw.crop[3] / draw.crop[2] for draw in views]]
+    columns += [[draw.order.index(0) for draw in views], [draw.volume for draw in heard]]
+    if view == "local":
+        columns += [[draw.grey for draw in views], [draw.blur_sigma > 0 for draw in views], [draw.start for draw in views]]
+        columns.append([draw.start for draw in heard])
+    found = np.corrcoef(np.array(columns, np.float64)) - np.eye(len(columns))
+    if view == "global":
+        found[5, 6] = found[6, 5] = 0  # of crops that fit a wide frame, large ones are wide
+    assert np.abs(found).max() < 5 / np.sqrt(DRAWN)
+
+
 @given(
     st.integers(1, 300),
     st.integers(1, 300),
@@ -204,7 +259,10 @@ def test_spectrogram_crops(draws: list[ClipDraw]) -> None:
     assert heights.max() == 80
     assert np.mean(heights == 80) == pytest.approx(0.5 / 0.9, abs=0.04)  # 1.0-1.5 times 80 is cut to the canvas
     assert_even((widths).tolist(), range(67, 168))
-    assert np.mean(lefts / (168 - widths)) == pytest.approx(0.5, abs=0.02)
+    assert_even_places(tops, 80 - heights)
+    assert_even_places(lefts, 168 - widths)
+    shorter = heights[heights < 80]  # a factor of 0.6-1 times 80, truncated
+    assert_even(shorter.tolist(), range(48, 80))
 
 
 def test_off_values() -> None:
