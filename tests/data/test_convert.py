@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import struct
 import subprocess
 import sys
 from fractions import Fraction
@@ -21,6 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.data.media import PEAK, burst_times, bursts, noise, number_of, numbered, write_video
+from tests.data.zoo import set_display_matrix
 from xkd_fast.data.convert import Converted, ConvertTask, Skipped, convert, place_sound
 from xkd_fast.data.decode import ClipDecoder, DecodeRequest
 from xkd_fast.data.encode import encode_flac, encode_video
@@ -293,16 +293,6 @@ def colour_names(picture: NDArray[np.uint8]) -> str:
     return found
 
 
-def set_rotation(path: Path, matrix: tuple[int, int, int, int]) -> None:
-    """Put (a, b, c, d) into the display matrix of the first track, as telephones do."""
-    data = bytearray(path.read_bytes())
-    place = data.index(b"tkhd") + 4 + 40  # after version and flags, times, number, duration, layer, group and volume
-    assert struct.unpack_from(">9i", data, place) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-    a, b, c, d = (value << 16 for value in matrix)
-    struct.pack_into(">9i", data, place, a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(bytes(data))
-
-
 @pytest.mark.parametrize(
     ("matrix", "expected", "size"),
     [
@@ -318,7 +308,7 @@ def test_pictures_of_turned_cameras_stand_upright(
 ) -> None:
     """Would catch rotation ignored, or turned the wrong way: a quarter of what telephones record."""
     path = write_video(tmp_path / "video.mp4", [quadrants(96, 128)] * 10, sound=noise(1), codecs=H264)
-    set_rotation(path, matrix)
+    set_display_matrix(path, matrix)
     sample = converted(path)
     assert (sample.height, sample.width) == size
     assert {colour_names(picture) for picture in decode(dali, sample)[0]} == {expected}
