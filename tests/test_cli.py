@@ -293,7 +293,7 @@ def test_doctor_reads_shards_through(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert (
         "8 samples read, 4 damaged" in shown
-        and "delete these .tar files and call the same prepare again" in shown
+        and "delete these .tar files and call the same prepare of this version again" in shown
         and shown.count("CRC") == 4
     )
     assert cli.main([*examine, "--json"]) == 1

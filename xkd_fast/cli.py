@@ -497,8 +497,9 @@ def _check_shards(folders: list[str], *, as_json: bool) -> int:
     from rich.progress import track
 
     from xkd_fast.data.shards import ShardSet
+    from xkd_fast.data.storage import shown
 
-    sets = {folder: ShardSet.open(folder) for folder in folders}
+    sets = {shown(folder): ShardSet.open(folder) for folder in folders}
     samples = [(folder, index) for folder, shards in sets.items() for index in range(len(shards))]
     damaged: dict[str, list[str]] = {}
     for folder, index in track(samples, "reading samples", console=Console(stderr=True)):
@@ -514,7 +515,7 @@ def _check_shards(folders: list[str], *, as_json: bool) -> int:
             print(reason)
         print(f"{len(samples)} samples read, {len(damaged)} damaged")
         if damaged:
-            print("copy their shards again; or delete these .tar files and call the same prepare again, which makes them anew")
+            print("copy their shards again; or delete these .tar files and call the same prepare of this version again")
     return 1 if damaged else 0
 
 

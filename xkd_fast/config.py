@@ -26,6 +26,7 @@ from xkd_fast.data.http_folder import RemoteOptions
 from xkd_fast.data.log_mel import MelOptions
 from xkd_fast.data.pipeline import ClipOptions, check_against_model
 from xkd_fast.data.shard_cache import CacheOptions
+from xkd_fast.data.storage import shown
 from xkd_fast.data.synthetic import SyntheticOptions
 from xkd_fast.data.views import AugmentOptions
 from xkd_fast.errors import UserError
@@ -321,6 +322,11 @@ class Config:
         """Nested dicts, lists and plain values, as JSON or YAML hold them."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return plain
+
+    def shareable(self) -> Config:
+        """The same without the signatures of addresses, for what leaves the run's folder: weights, records, dashboards."""
+        train = tuple(shown(place) for place in self.data.train)
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, train=train))
 
 
 # ------------------------------------------------------------------------------------------------------ what options there are

@@ -243,3 +243,16 @@ def test_a_proxy_is_asked_where_the_environment_names_one(server: Server, monkey
     server.requests.clear()
     assert len(ShardSet.open(f"{server.url}/set", remote=QUICK)) == 4
     assert json.dumps(server.requests).count("http://") == 0
+
+
+def test_odd_letters_in_an_address_are_escaped_once(server: Server) -> None:
+    """Red if they end in a traceback, are tried again and again, show the signature, or are escaped twice."""
+    for folder, wanted in (("my shards", "/my%20shards/"), ("my%20shards", "/my%20shards/"), ("données", "/donn%C3%A9es/")):
+        with pytest.raises(UserError, match="answers 404") as error:
+            ShardSet.open(f"{server.url}/{folder}?sig=SE CRET", remote=QUICK)
+        assert "CRET" not in str(error.value)
+        assert server.requests[-1][0] == f"{wanted}manifest.json?sig=SE%20CRET"
+    server.misbehave = lambda handler: handler.answer(302, b"", {"Location": "http://[SECRET"}) is None
+    with pytest.raises(UserError, match="or one that it leads to, is malformed") as error:
+        ShardSet.open(f"{server.url}/set", remote=QUICK)
+    assert "SECRET" not in str(error.value)

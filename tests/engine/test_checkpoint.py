@@ -14,7 +14,15 @@ import torch
 import torch.distributed as dist
 
 from xkd_fast.config import load_config
-from xkd_fast.engine.checkpoint import Checkpoints, TrainState, random_states, read_state, restore_random_states
+from xkd_fast.engine.checkpoint import (
+    Checkpoints,
+    TrainState,
+    check_same_options,
+    flat_options,
+    random_states,
+    read_state,
+    restore_random_states,
+)
 from xkd_fast.engine.launch import free_port
 from xkd_fast.errors import UserError
 from xkd_fast.weights import write_safetensors
@@ -118,3 +126,28 @@ def test_random_states_round_trip(tmp_path: Path) -> None:
     assert draw() != expected
     restore_random_states(torch.load(tmp_path / "random.pt", weights_only=True))
     assert draw() == expected
+
+
+def test_checkpoints_from_before_an_option_existed_go_on(tmp_path: Path) -> None:
+    """Red if what they were trained with counts as another value, or a buffer that does nothing counts at all."""
+    config = load_config("demo", [])
+    saved = flat_options(config.as_dict())
+    before = {key: value for key, value in saved.items() if key not in ("data.order", "data.shuffle_buffer")}
+    check_same_options(before, config, tmp_path)
+    check_same_options(saved, load_config("demo", ["data.shuffle_buffer=64"]), tmp_path)
+    for other in (["data.order=sequential"], ["train.lr=1"] if "train.lr" in saved else ["seed=7"]):
+        with pytest.raises(UserError, match="was written with"):
+            check_same_options(before, load_config("demo", other), tmp_path)
+    in_order = load_config("demo", ["data.order=sequential"])
+    with pytest.raises(UserError, match=r"data\.shuffle_buffer = 2048 \(now 64\)"):
+        check_same_options(
+            flat_options(in_order.as_dict()), load_config("demo", ["data.order=sequential", "data.shuffle_buffer=64"]), tmp_path
+        )
+
+
+def test_signatures_stay_in_the_runs_folder() -> None:
+    """Red if weights that are shared, or a dashboard, hold the signature of an address, or lose the rest of the options."""
+    config = load_config("demo", ['data.train=["https://host/set?sig=SECRET", "local?name"]'])
+    shared = config.shareable()
+    assert shared.data.train == ("https://host/set", "local?name") and "SECRET" not in json.dumps(shared.as_dict())
+    assert replace(shared, data=config.data) == config

@@ -86,6 +86,7 @@ class HttpFolder:
         if not valid:
             shown = url.partition("?")[0].rpartition("@")[2]
             raise UserError(f"{shown} is no address of a shard set; write https://HOST/FOLDER, without {MANIFEST}")
+        self._url = _quoted(self._url)
         if self._url.username is not None:
             raise UserError(
                 f"{self.where()} is given with a user or password, which no request sends; name an address that is open to "
@@ -143,6 +144,8 @@ class HttpFolder:
                     file.seek(offset := 0)
                 self._check_part(name, response, offset, size)
                 while block := response.read(BLOCK):
+                    if file.tell() + len(block) > size:  # of an answer that tells no length
+                        raise _OtherSize(f"has more bytes than the {size} that its manifest says")
                     try:
                         file.write(block)
                     except OSError as error:
@@ -178,6 +181,8 @@ class HttpFolder:
                 if not error.passing:
                     raise UserError(f"{told} cannot be read: {error}; {_advice(error.status)}") from error
                 reason, pause = str(error), error.pause
+            except (http.client.InvalidURL, ValueError):  # whose words may hold the query
+                raise UserError(f"{told} cannot be read: the address, or one that it leads to, is malformed") from None
             except (OSError, http.client.HTTPException) as error:
                 reason, pause = _reason(error, self._options.timeout), 0.0
             if attempt < self._options.attempts:
@@ -203,7 +208,7 @@ class HttpFolder:
                     yield response
                     return
                 response.read()
-                url = urlsplit(urljoin(url.geturl(), location))
+                url = _quoted(urlsplit(urljoin(url.geturl(), location)))
             if url.scheme not in ("http", "https") or not url.hostname:
                 raise _Refused(response.status, f"{response.reason} and leads to {url.scheme}://", passing=False)
         raise _Refused(response.status, f"{response.reason} {MAX_REDIRECTS + 1} times in a row", passing=False)
@@ -231,6 +236,11 @@ class HttpFolder:
             raise http.client.HTTPException(f"bytes {given or '?'} come where {start}-{end - 1} were asked for")
         if length is not None and int(length) != end - start:
             raise http.client.HTTPException(f"{length} bytes come where {end - start} were asked for")
+
+
+def _quoted(url: SplitResult) -> SplitResult:
+    """An address as a request may carry it: blanks and letters beyond ASCII escaped, what is escaped already left as it is."""
+    return url._replace(path=quote(url.path, safe="/%:@!$&'()*+,;=~"), query=quote(url.query, safe="/%:@!$&'()*+,;=~?"))
 
 
 def _advice(status: int) -> str:

@@ -286,6 +286,8 @@ class ViewPipeline:
             prefetcher.close()
             if ahead is not None:
                 ahead.close()
+            if self._read_ahead is ahead:
+                self._read_ahead = None
 
     def _reading(self, epoch: int, step: int) -> ReadAhead | None:
         """Reads ahead from ``step`` of ``epoch`` on: where shards are read front to back, and where a server answers slowly."""

@@ -24,6 +24,11 @@ def is_url(place: str | os.PathLike[str]) -> bool:
     return isinstance(place, str) and place.lower().startswith(("http://", "https://"))
 
 
+def shown(place: str | os.PathLike[str]) -> str:
+    """A place as messages and records name it: without what may be secret, the query of an address."""
+    return str(place).partition("?")[0] if is_url(place) else str(place)
+
+
 class Storage(Protocol):
     """The files of one shard set, by name. All methods may be called from any thread."""
 

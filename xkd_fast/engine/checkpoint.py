@@ -204,9 +204,9 @@ class Checkpoints:
         with whole(list(engine.module.parameters())), _writing():
             torch.save(random_states(), partial / f"random-{dist.get_rank():05d}.pt")
             if dist.get_rank() == 0:
-                metadata = {"step": str(state.step), "config": render_config(config)}
+                metadata = {"step": str(state.step), "config": render_config(config.shareable())}
                 write_safetensors(engine.module.state_dict(), partial / "model.safetensors", metadata)
-                (partial / "options.json").write_text(json.dumps(config.as_dict(), indent=2), encoding="utf-8")
+                (partial / "options.json").write_text(json.dumps(config.shareable().as_dict(), indent=2), encoding="utf-8")
                 (partial / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 
     def _publish(self, partial: Path, final: Path) -> None:
@@ -303,6 +303,10 @@ FREE_OPTIONS = frozenset(
 )
 
 
+# What checkpoints from before an option existed were trained with.
+EARLIER: dict[str, Any] = {"data.order": "random", "data.shuffle_buffer": 2048}
+
+
 def flat_options(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options by dotted key, those of :data:`FREE_OPTIONS` left out."""
     flat: dict[str, Any] = {}
@@ -327,7 +331,10 @@ def read_options(path: Path) -> dict[str, Any]:
 
 def check_same_options(saved: dict[str, Any], config: Config, path: Path) -> None:
     """Raise ``UserError`` naming every option in which this run differs from the ``saved`` ones of the checkpoint."""
-    now = flat_options(config.as_dict())
+    now, saved = flat_options(config.as_dict()), EARLIER | saved
+    if saved["data.order"] == now["data.order"] == "random":  # the buffer is sequential order's alone
+        saved.pop("data.shuffle_buffer")
+        now.pop("data.shuffle_buffer")
     different = [
         f"{key} = {saved.get(key)} (now {now.get(key)})" for key in sorted(saved | now) if saved.get(key) != now.get(key)
     ]

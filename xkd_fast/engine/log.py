@@ -115,6 +115,6 @@ def start_wandb(directory: Path, config: Config, resumed_at: int) -> Any:
 
     path = directory / "wandb-run-id"
     known = path.read_text(encoding="utf-8").strip() if resumed_at and path.exists() else None
-    run = wandb.init(dir=str(directory), config=config.as_dict(), id=known, resume="allow")
+    run = wandb.init(dir=str(directory), config=config.shareable().as_dict(), id=known, resume="allow")
     write_aside(path, f"{run.id}\n".encode())
     return run

@@ -33,6 +33,7 @@ from sklearn.svm import LinearSVC
 
 from xkd_fast.data.pipeline import clips
 from xkd_fast.data.shards import ShardSet, shard_place
+from xkd_fast.data.storage import shown
 from xkd_fast.errors import UserError
 from xkd_fast.evaluate.features import ClipFeatures, Role, TrainedModel, extract_features, load_model
 from xkd_fast.files import write_aside
@@ -108,7 +109,7 @@ class SvmOptions:
         _require(0 <= self.seed < 2**32, f"--seed {self.seed} must lie in 0-{2**32 - 1}")
         _require(
             self.test_data is None or _resolved(self.test_data) != _resolved(self.data),
-            f"--test-data {self.test_data} is the same folder as --data; leave it out to split --data into training and test",
+            f"--test-data {shown(self.data)} is the same folder as --data; leave it out to split --data into training and test",
         )
 
     def c_values(self, modality: str) -> tuple[float, ...]:
@@ -212,13 +213,13 @@ def open_samples(path: Path | str, classes: list[str] | None) -> tuple[Samples, 
     several = sum(len(found) > 1 for found in shards.label_sets)
     _require(
         several == 0,
-        f"{several} of {len(labels)} samples in {path} have several classes, and an "
+        f"{several} of {len(labels)} samples in {shown(path)} have several classes, and an "
         "SVM tells one from another; evaluate on a set with one class a sample",
     )
     missing = np.flatnonzero(labels < 0)
     _require(
         len(missing) == 0,
-        f"{len(missing)} of {len(labels)} samples in {path} have no label"
+        f"{len(missing)} of {len(labels)} samples in {shown(path)} have no label"
         + (f" (the first is {shards.record(int(missing[0])).key})" if len(missing) else "")
         + "; an SVM needs one for each: prepare videos from folders named by class",
     )
@@ -228,7 +229,8 @@ def open_samples(path: Path | str, classes: list[str] | None) -> tuple[Samples, 
     unknown = sorted({own[label] for label in np.unique(labels)} - set(classes))
     _require(
         not unknown,
-        f"{path} holds classes that the training data lacks: {', '.join(unknown)}; an SVM cannot name what it was not taught",
+        f"{shown(path)} holds classes that the training data lacks: {', '.join(unknown)}; "
+        "an SVM cannot name what it was not taught",
     )
     table = np.array([classes.index(name) if name in classes else -1 for name in own], dtype=np.int64)
     return Samples(shards, np.arange(len(labels)), table[labels]), classes
@@ -247,15 +249,15 @@ def train_and_test(options: SvmOptions) -> tuple[Samples, Samples, list[str]]:
         kept, held_out = stratified_split(everything.labels, options.test_fraction, options.seed)
         train, test = everything.take(kept), everything.take(held_out)
     taught = len(np.unique(train.labels))
-    _require(taught >= 2, f"{options.data} holds samples of {taught} class; an SVM needs at least two to tell apart")
+    _require(taught >= 2, f"{shown(options.data)} holds samples of {taught} class; an SVM needs at least two to tell apart")
     _require(
         len(test.numbers) > 0,
-        f"no class of {options.data} has a second sample to test on; name test samples with --test-data",
+        f"no class of {shown(options.data)} has a second sample to test on; name test samples with --test-data",
     )
     unseen = sorted(
         {classes[label] for label in np.unique(test.labels)} - {classes[label] for label in np.unique(train.labels)}
     )
-    _require(not unseen, f"{options.test_data} tests classes without a training sample in {options.data}: {', '.join(unseen)}")
+    _require(not unseen, f"the test data have classes without a training sample in {shown(options.data)}: {', '.join(unseen)}")
     return train, test, classes
 
 
@@ -333,6 +335,11 @@ def top_k(truth: NDArray[np.int64], ranked: NDArray[np.int64], k: int) -> float:
     return float((ranked[:, :k] == truth[:, None]).any(axis=1).mean())
 
 
+def _places(options: SvmOptions) -> dict[str, str | None]:
+    """Where the samples are, as a report may tell it."""
+    return {"data": shown(options.data), "test_data": None if options.test_data is None else shown(options.test_data)}
+
+
 def evaluate_rows(train: Rows, test: Rows, classes: int, options: SvmOptions, modality: str) -> ModalityResult:
     """Sweep C, choose it on held-out training samples, and report the test samples.
 
@@ -343,7 +350,8 @@ def evaluate_rows(train: Rows, test: Rows, classes: int, options: SvmOptions, mo
     kept, held_out = stratified_split(train.labels, options.validation_fraction, options.seed + 1)
     _require(
         len(c_values) == 1 or len(held_out) > 0,
-        f"C cannot be chosen: no class of {options.data} has a second training sample to hold out; give one value with --svm-c",
+        f"C cannot be chosen: no class of {shown(options.data)} has a second training sample to hold out; "
+        "give one value with --svm-c",
     )
     sweep, ranked_by_c = [], {}
     for c in c_values:
@@ -409,7 +417,7 @@ def evaluate_svm(options: SvmOptions, *, console: Console | None = None) -> SvmR
         classes=classes,
         results=results,
         samples={"train": len(train.numbers), "test": len(test.numbers)},
-        settings=json.loads(json.dumps(asdict(options), default=str)),
+        settings=json.loads(json.dumps(asdict(options), default=str)) | _places(options),
         model={"file": str(trained.file), "step": trained.step, "seed": config.seed, "options": config.as_dict()["model"]},
         versions=installed_versions(),
         seconds=round(time.perf_counter() - start, 1),
