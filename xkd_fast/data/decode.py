@@ -62,7 +62,8 @@ class UndecodableError(Exception):
         self.reasons = reasons
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """What DALI says was wrong, without where its operator stands."""
     # DALI's message ends with the cause after this word; the rest is where the operator stands in our source
     text = str(error).rsplit("encountered:", 1)[-1].strip()
     return " ".join(text.split("C++ context")[0].split())[:300]
@@ -180,9 +181,9 @@ class ClipDecoder:
             try:
                 self._run([request])
             except FAILURES as own:
-                reasons[place] = _reason(own)
+                reasons[place] = reason_of(own)
                 self._build()
         if reasons:
             return UndecodableError(reasons)
         keys = ", ".join(request.key for request in requests)
-        return UserError(f"DALI could not decode the batch of {keys}, though each sample alone passes: {_reason(error)}")
+        return UserError(f"DALI could not decode the batch of {keys}, though each sample alone passes: {reason_of(error)}")

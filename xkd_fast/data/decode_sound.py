@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xkd_fast.data.decode import DecodedClip, DecodeRequest, UndecodableError, require_dali
+from xkd_fast.data.decode import DecodedClip, DecodeRequest, UndecodableError, reason_of, require_dali
 
 
 class SoundDecoder:
@@ -64,7 +64,7 @@ class SoundDecoder:
             try:
                 clips += self._run([request])
             except RuntimeError as error:
-                reasons[place] = " ".join(str(error).rsplit("encountered:", 1)[-1].split("C++ context")[0].split())[:300]
+                reasons[place] = reason_of(error)
                 self._pipeline = self._build()
         if reasons:
             raise UndecodableError(reasons)
