@@ -81,7 +81,7 @@ def _sdpa_of_whole_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _tile_by_tile(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``eager`` for a tile of queries at a time, forward alone: no whole matrix, and 561 tokens in 0.6 of sdpa's time."""
+    """``eager`` for a tile of queries at a time, forward alone: no whole matrix, and 561 tokens in 0.7 of sdpa's time."""
     q, k, v = _scaled(q).contiguous(), k.contiguous(), v.contiguous()
     tiles = [_probabilities(tile, k) @ v for tile in q.split(CACHED_TILE, dim=2)]
     return torch.cat(tiles, dim=2).transpose(1, 2).flatten(2)
