@@ -23,7 +23,7 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def place(device: torch.device) -> str:
-    """What a result's name says of where it was measured: the GPU's or the processor's name, such as ``amd_epyc``."""
+    """What a result's name says of where it was measured: the GPU's or the processor's name, such as ``amd_epyc_avx2``."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else provenance()["device"].split(",")[0]
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 

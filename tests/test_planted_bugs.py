@@ -164,7 +164,7 @@ FAST_BUGS = {
     "MLP without its residual": FastBug("packing", {"x if branch is None else x + branch": "x if branch is None else branch"}),
     "recomputed norm not shifted": FastBug("layers", {"gain, shift, ctx.eps)": "gain, None, ctx.eps)"}),
     "GELU's derivative left out": FastBug(
-        "layers", {"torch.ops.aten.gelu_backward(_input_gradient(gradient, weight), h)": "_input_gradient(gradient, weight)"}
+        "layers", {"torch.ops.aten.gelu_backward(input_gradient(gradient, weight), h)": "input_gradient(gradient, weight)"}
     ),
     "scores' scale lost in the backward pass": FastBug(
         "attention", {"_scaled(to_scores @ k)": "to_scores @ k"}, {"attention": "recompute"}
@@ -305,7 +305,7 @@ SLIPS = {
     "an empty commit": Slip("xkd_fast.analysis.provenance", {' or None,\n        "dirty"': ',\n        "dirty"'}, NO_GIT),
     "device not asked": Slip("xkd_fast.analysis.provenance", {"if torch.cuda.is_available():": "if False:"}, MACHINE),
     "threads left out": Slip(
-        "xkd_fast.analysis.provenance", {"strip()}, {torch.get_num_threads()} threads": "strip()}"}, MACHINE
+        "xkd_fast.analysis.provenance", {"({instructions}), {torch.get_num_threads()} threads": "({instructions})"}, MACHINE
     ),
 }
 

@@ -57,8 +57,11 @@ def test_device_and_versions_are_those_of_this_machine(monkeypatch: pytest.Monke
     """Red if the figures of a GPU are told as the processor's or the other way round, or a version is another package's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 37)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     found = provenance.provenance()
-    assert found["device"].endswith(", 37 threads")
+    assert found["device"].endswith(f"({torch.backends.cpu.get_cpu_capability()}), 37 threads")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert provenance.provenance()["device"].endswith("(AMX), 37 threads")
     assert (found["torch"], found["packages"]["numpy"]) == (torch.__version__, metadata.version("numpy"))
     assert None not in found["packages"].values()
     json.dumps(found)

@@ -19,6 +19,7 @@ from xkd_fast.model.kernels import wants
 from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
 from xkd_fast.model.packing import Group, heads_of, joined, unpack
 from xkd_fast.model.precision import as_written
+from xkd_fast.model.products import matmul, multiplied_in
 from xkd_kernels import cls_attention, obstacle, packed_attention
 from xkd_kernels.backends import choose as choose_kernel
 from xkd_kernels.backends import shape_class
@@ -121,6 +122,31 @@ def recompute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _Recompute.apply(q, k, v)  # type: ignore[no-any-return]
 
 
+class _Widened(torch.autograd.Function):
+    """Keeps what enters it, of which the matrix of all projections has a copy already, and not what is made of it."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        with as_written(q.device):
+            return sdpa(q.float(), k.float(), v.float()).to(q.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        wide = [each.float().requires_grad_() for each in ctx.saved_tensors]
+        with as_written(gradient.device), torch.enable_grad():
+            gradients = torch.autograd.grad(sdpa(*wide), wide, gradient.float())
+        return tuple(each.to(gradient.dtype) for each in gradients)
+
+
+def widened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``sdpa`` in float32 of numbers in bfloat16, computed again in the backward pass."""
+    if torch.compiler.is_compiling():
+        with as_written(q.device):
+            return sdpa(q.float(), k.float(), v.float()).to(q.dtype)
+    return _Widened.apply(q, k, v)  # type: ignore[no-any-return]
+
+
 PLAIN: dict[str, Attend] = {"sdpa": sdpa, "recompute": recompute, "eager": eager}
 
 
@@ -131,8 +157,11 @@ def automatic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     sdpa takes twice the time of eager, whose products run on the matrix unit of a Xeon; in float32 about half. Eager keeps
     every matrix, 12 MB a clip in the students and 45 MB in the decoders, elsewhere far more; recompute lies between. The
     teachers' forward pass takes half the time in sdpa where there is a matrix unit, in bfloat16 at most lengths only of whole
-    tiles; where there is none, products of a tile of queries at a time are faster.
+    tiles; where there is none, products of a tile of queries at a time are faster. A processor that multiplies bfloat16 in
+    float32 (``products``) takes sdpa in float32.
     """
+    if multiplied_in(q.dtype, q.device) != q.dtype:
+        return widened(q, k, v)
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return sdpa(q, k, v)
     if not q.requires_grad:
@@ -273,10 +302,10 @@ def patch_probabilities(q: Tensor, k: Tensor, *, has_cls: bool) -> Tensor:
     transposed = k.transpose(-2, -1)
     dtype = q.dtype if q.dtype == torch.float64 else torch.float32
     if has_cls:
-        return ((q[:, :, :1] @ transposed) * scale).softmax(dim=-1, dtype=dtype)[:, :, 0, 1:]
+        return (matmul(q[:, :, :1], transposed) * scale).softmax(dim=-1, dtype=dtype)[:, :, 0, 1:]
     total = torch.zeros(*k.shape[:-1], dtype=dtype, device=k.device)
     for tile in q.split(QUERY_TILE, dim=2):
-        total += ((tile @ transposed) * scale).softmax(dim=-1, dtype=dtype).sum(dim=2)
+        total += (matmul(tile, transposed) * scale).softmax(dim=-1, dtype=dtype).sum(dim=2)
     return total / q.shape[2]
 
 

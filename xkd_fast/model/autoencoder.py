@@ -9,6 +9,7 @@ from torch import Tensor
 from xkd_fast.model.attention import Attend
 from xkd_fast.model.layers import mlp, residual_norm_linear
 from xkd_fast.model.packing import Group, added, heads_of
+from xkd_fast.model.products import through
 from xkd_fast.model.vit import BlockRunner
 from xkd_fast.reference import Block, Decoder
 
@@ -29,7 +30,7 @@ def decode_masked(decoder: Decoder, encoded: Tensor, order: Tensor, runner: Bloc
         [B, N − keep, P] in the order of ``order[:, keep:]``.
     """
     batch, total = order.shape
-    x = decoder.project_in(encoded)
+    x = through(decoder.project_in, encoded)
     first, width = decoder.first, x.shape[-1]
     cls_token, visible = x[:, :first], x[:, first:]
     masked = total - visible.shape[1]
@@ -50,5 +51,5 @@ def predict_masked(decoder: Decoder, tokens: Tensor, masked: int, attend: Attend
     own = tokens[:, tokens.shape[1] - masked :]
     _, qkv = residual_norm_linear(tokens, None, block.norm1, block.qkv, kernels)
     q, k, v = heads_of(qkv, block.heads)
-    branch = block.proj(attend(q[:, :, tokens.shape[1] - masked :], k, v))
-    return decoder.project_out(added(*mlp(own, branch, block.norm2, block.fc1, block.fc2, kernels)))  # type: ignore[no-any-return]
+    branch = through(block.proj, attend(q[:, :, tokens.shape[1] - masked :], k, v))
+    return through(decoder.project_out, added(*mlp(own, branch, block.norm2, block.fc1, block.fc2, kernels)))

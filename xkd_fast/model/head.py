@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xkd_fast.model.precision import product_dtype
+from xkd_fast.model.products import linear, through
 from xkd_fast.reference import LAYER_NORM_EPS, Head, wide
 from xkd_kernels import unit_rows
 
@@ -21,8 +22,8 @@ def project(head: Head, pooled: Tensor, kernels: str) -> Tensor:
     Returns:
         [rows, K] in float32, or wider where the input is.
     """
-    x = F.gelu(head.norm(head.linear1(pooled)))
-    x = F.gelu(head.norm(head.linear2(x)))
-    x = unit_rows(head.linear3(x), backend=kernels)
+    x = F.gelu(head.norm(through(head.linear1, pooled)))
+    x = F.gelu(head.norm(through(head.linear2, x)))
+    x = unit_rows(through(head.linear3, x), backend=kernels)
     prototypes = unit_rows(head.prototypes, head.prototype_scale, dtype=product_dtype(x), backend=kernels)
-    return F.layer_norm(wide(F.linear(x, prototypes)), (len(prototypes),), eps=LAYER_NORM_EPS)
+    return F.layer_norm(wide(linear(x, prototypes, None)), (len(prototypes),), eps=LAYER_NORM_EPS)

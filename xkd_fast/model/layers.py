@@ -20,26 +20,11 @@ from xkd_fast.model.fp8 import Fp8Linear
 from xkd_fast.model.kernels import wants
 from xkd_fast.model.packing import added
 from xkd_fast.model.precision import as_written, product_dtype
+from xkd_fast.model.products import cast_linear, input_gradient, through, weight_gradients
+from xkd_fast.model.products import linear as multiply
 from xkd_kernels import bias_gelu, bias_gelu_fp8, residual_layer_norm, residual_layer_norm_fp8
 from xkd_kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from xkd_kernels.residual_layer_norm import residual_layer_norm_backward, residual_layer_norm_forward
-
-
-def _input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Of a linear layer whose products are in the type of its output's ``gradient``."""
-    return gradient @ weight.to(gradient.dtype)
-
-
-def _weight_gradients(gradient: Tensor, entered: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Of a linear layer's weight and bias, from its output's gradient and what entered it."""
-    rows, inputs = gradient.flatten(0, -2), entered.flatten(0, -2)
-    to_weight = (rows.transpose(0, 1) @ inputs).to(weight.dtype)
-    return to_weight, None if bias is None else rows.sum(dim=0, dtype=bias.dtype)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer in the type of ``x``."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class _NormLinear(torch.autograd.Function):
@@ -51,16 +36,16 @@ class _NormLinear(torch.autograd.Function):
             normed, mean, inverse_deviation = torch.native_layer_norm(x, x.shape[-1:], gain, shift, eps)
             ctx.save_for_backward(x, mean, inverse_deviation, gain, shift, weight, bias)
             ctx.eps, ctx.dtype = eps, dtype
-            return _linear(normed.to(dtype), weight, bias)
+            return cast_linear(normed.to(dtype), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         x, mean, inverse_deviation, gain, shift, weight, bias = ctx.saved_tensors
         with as_written(x.device):
             normed, _, _ = torch.native_layer_norm(x, x.shape[-1:], gain, shift, ctx.eps)
-            to_weight, to_bias = _weight_gradients(gradient, normed.to(ctx.dtype), weight, bias)
+            to_weight, to_bias = weight_gradients(gradient, normed.to(ctx.dtype), weight, bias)
             to_x, to_gain, to_shift = torch.ops.aten.native_layer_norm_backward(
-                _input_gradient(gradient, weight).to(x.dtype), x, x.shape[-1:], mean, inverse_deviation, gain, shift, [True] * 3
+                input_gradient(gradient, weight).to(x.dtype), x, x.shape[-1:], mean, inverse_deviation, gain, shift, [True] * 3
             )
         return to_x, to_gain, to_shift, to_weight, to_bias, None, None
 
@@ -70,14 +55,14 @@ class _GeluLinear(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         with as_written(h.device):
             ctx.save_for_backward(h, weight, bias)
-            return _linear(F.gelu(h), weight, bias)
+            return cast_linear(F.gelu(h), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         h, weight, bias = ctx.saved_tensors
         with as_written(h.device):
-            to_weight, to_bias = _weight_gradients(gradient, F.gelu(h), weight, bias)
-            to_h = torch.ops.aten.gelu_backward(_input_gradient(gradient, weight), h)
+            to_weight, to_bias = weight_gradients(gradient, F.gelu(h), weight, bias)
+            to_h = torch.ops.aten.gelu_backward(input_gradient(gradient, weight), h)
         return to_h, to_weight, to_bias
 
 
@@ -99,7 +84,7 @@ class _FusedResidualNormLinear(torch.autograd.Function):
             ctx.save_for_backward(total, mean, inverse_deviation, gain, shift, weight, bias)
             ctx.dtype, ctx.branch_dtype = dtype, branch.dtype
             ctx.set_materialize_grads(False)
-            return total, _linear(normed, weight, bias)
+            return total, cast_linear(normed, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, to_total: Tensor | None, gradient: Tensor | None) -> Any:  # type: ignore[override]
@@ -107,11 +92,11 @@ class _FusedResidualNormLinear(torch.autograd.Function):
         if gradient is None:
             return to_total, None if to_total is None else to_total.to(ctx.branch_dtype), *[None] * 6
         with as_written(total.device):
-            to_normed, dtypes = _input_gradient(gradient, weight), (ctx.branch_dtype, ctx.dtype)
+            to_normed, dtypes = input_gradient(gradient, weight), (ctx.branch_dtype, ctx.dtype)
             to_x, to_branch, to_gain, to_shift, normed = residual_layer_norm_backward(
                 to_total, to_normed, total, mean, inverse_deviation, gain, shift, *dtypes
             )
-            to_weight, to_bias = _weight_gradients(gradient, normed, weight, bias)
+            to_weight, to_bias = weight_gradients(gradient, normed, weight, bias)
         to_branch = to_branch if ctx.branch_dtype != total.dtype else to_x
         return to_x, to_branch, to_gain.to(gain.dtype), to_shift.to(shift.dtype), to_weight, to_bias, None, None
 
@@ -121,14 +106,14 @@ class _FusedBiasGeluLinear(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, first_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         with as_written(h.device):
             ctx.save_for_backward(h, first_bias, weight, bias)
-            return _linear(bias_gelu_forward(h, first_bias), weight, bias)
+            return cast_linear(bias_gelu_forward(h, first_bias), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         h, first_bias, weight, bias = ctx.saved_tensors
         with as_written(h.device):
-            to_h, to_first_bias, activated = bias_gelu_backward(_input_gradient(gradient, weight), h, first_bias, True)
-            to_weight, to_bias = _weight_gradients(gradient, activated, weight, bias)
+            to_h, to_first_bias, activated = bias_gelu_backward(input_gradient(gradient, weight), h, first_bias, True)
+            to_weight, to_bias = weight_gradients(gradient, activated, weight, bias)
         return to_h, to_first_bias.to(first_bias.dtype), to_weight, to_bias
 
 
@@ -155,12 +140,12 @@ def residual_norm_linear(
     if branch is None or not wants("residual_layer_norm", kernels, x, str(x.shape[-1])):
         total = added(x, branch)
         if torch.compiler.is_compiling():
-            return total, F.linear(norm(total), weight, bias)
+            return total, multiply(norm(total), weight, bias)
         found = _NormLinear.apply(total, norm.weight, norm.bias, weight, bias, norm.eps, dtype)
         return total, found  # type: ignore[return-value]
     if torch.compiler.is_compiling():
         total, normed = residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype=dtype, backend="triton")
-        return total, F.linear(normed, weight, bias)
+        return total, multiply(normed, weight, bias)
     both = _FusedResidualNormLinear.apply(x, branch, norm.weight, norm.bias, weight, bias, norm.eps, dtype)
     return both  # type: ignore[return-value]
 
@@ -183,7 +168,7 @@ def mlp(
     fused = wants("bias_gelu", kernels, x, str(len(fc1.weight)))  # the bias is added where GELU is computed
     x, h = residual_norm_linear(x, branch, norm, fc1, kernels, biased=not fused)
     if torch.compiler.is_compiling():
-        return x, fc2(bias_gelu(h, fc1.bias, backend="triton") if fused else F.gelu(h))
+        return x, through(fc2, bias_gelu(h, fc1.bias, backend="triton") if fused else F.gelu(h))
     if fused:
         return x, _FusedBiasGeluLinear.apply(h, fc1.bias, fc2.weight, fc2.bias)  # type: ignore[return-value]
     return x, _GeluLinear.apply(h, fc2.weight, fc2.bias)  # type: ignore[return-value]

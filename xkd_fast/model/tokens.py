@@ -15,6 +15,7 @@ from torch import Tensor
 from xkd_fast.data.views import Views
 from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
 from xkd_fast.model.precision import product_dtype
+from xkd_fast.model.products import through
 from xkd_fast.reference import Encoder, interpolate_position, normalised_pixels, patchify
 from xkd_kernels import gather_patches as kernel_gather
 from xkd_kernels.gather_patches import gather_backend
@@ -116,7 +117,7 @@ def embed(encoder: Encoder, clips: Sequence[Tensor], visible: Tensor | None, *, 
                 resampled[grid] = resampled_position(table, encoder.grid, grid)
             patches.append(all_patches(clip, encoder.clip, kernels=kernels, dtype=dtype))
             positions.append(resampled[grid])
-    rows = encoder.patch_embedding(torch.cat([part.flatten(0, 1) for part in patches]))
+    rows = through(encoder.patch_embedding, torch.cat([part.flatten(0, 1) for part in patches]))
     embedded = []
     parts = rows.split([part.shape[0] * part.shape[1] for part in patches])
     for part, patch, position in zip(parts, patches, positions, strict=True):

@@ -13,6 +13,7 @@ from xkd_fast.errors import UserError
 from xkd_fast.model.attention import Attention, PackedAttend, packed_patch_probabilities
 from xkd_fast.model.layers import mlp, residual_norm_linear
 from xkd_fast.model.packing import Group, added
+from xkd_fast.model.products import through
 from xkd_fast.reference import Block
 
 BACKEND = "inductor"  # of torch.compile
@@ -28,7 +29,7 @@ def run_block(
     one operator.
     """
     x, qkv = residual_norm_linear(x, branch, block.norm1, block.qkv, kernels)
-    branch = block.proj(attend(qkv, groups, block.heads))
+    branch = through(block.proj, attend(qkv, groups, block.heads))
     return mlp(x, branch, block.norm2, block.fc1, block.fc2, kernels)
 
 
@@ -45,7 +46,7 @@ def run_last_block(
     """A block on packed tokens, whole, and each group's probabilities of the patches, [sequences, h, N]."""
     x, qkv = residual_norm_linear(x, branch, block.norm1, block.qkv, kernels)
     probabilities = packed_patch_probabilities(qkv, groups, block.heads, kernels, has_cls=has_cls)
-    branch = block.proj(attend(qkv, groups, block.heads))
+    branch = through(block.proj, attend(qkv, groups, block.heads))
     return added(*mlp(x, branch, block.norm2, block.fc1, block.fc2, kernels)), probabilities
 
 
