@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -239,10 +240,16 @@ def test_a_proxy_is_asked_where_the_environment_names_one(server: Server, monkey
     server.misbehave = forward
     assert len(ShardSet.open("http://shards.invalid/set", remote=QUICK)) == 4
     assert all(path.startswith("http://shards.invalid/set/") for path, _ in server.requests)
+    monkeypatch.setenv("http_proxy", server.url.replace("//", "//user:p%40ss@"))
+    told: list[str | None] = []
+    server.misbehave = lambda handler: told.append(handler.headers["Proxy-Authorization"]) or forward(handler)
+    assert len(ShardSet.open("http://shards.invalid/set", remote=QUICK)) == 4
+    assert set(told) == {"Basic " + b64encode(b"user:p@ss").decode()}
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server.requests.clear()
+    told.clear()
     assert len(ShardSet.open(f"{server.url}/set", remote=QUICK)) == 4
-    assert json.dumps(server.requests).count("http://") == 0
+    assert json.dumps(server.requests).count("http://") == 0 and set(told) == {None}
 
 
 def test_odd_letters_in_an_address_are_escaped_once(server: Server) -> None:

@@ -101,6 +101,20 @@ def test_what_cannot_be_read_reaches_the_taker(folder: Path, tmp_path: Path) -> 
 # --------------------------------------------------------------------------------------------------------- through the pipeline
 
 
+def test_an_end_does_not_wait_for_a_server_that_says_nothing(folder: Path) -> None:
+    """Red if ending a run takes as long as the last requests and all their further tries."""
+    with serving(folder.parent) as server:
+        shards = ShardSet.open(f"{server.url}/set", remote=RemoteOptions(timeout=8.0, attempts=1))
+        server.delay = 5.0
+        ahead = ReadAhead(shards, sampler_of(shards, 10).reading(0, 0), ahead=4, threads=2)
+        begin = time.monotonic()
+        while server.active == 0 and time.monotonic() < begin + 4:
+            time.sleep(0.01)
+        begin = time.monotonic()
+        ahead.close()
+        assert time.monotonic() - begin < 3
+
+
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set of real clips."""

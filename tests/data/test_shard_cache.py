@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import threading
@@ -199,6 +200,44 @@ def test_a_failed_download_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"data\.cache\.folder = .*file cannot be used: File exists"):
         ShardCache(tmp_path / "file", 1000)
+
+
+def test_whoever_meets_damage_later_leaves_the_new_copy(tmp_path: Path) -> None:
+    """Red if several readers of one damaged copy remove each other's new ones, and the shard comes once for each."""
+    cache = ShardCache(tmp_path, 1000)
+    assert cache.bring(digest(0), 100, fill(100))
+    good = cache.read(digest(0), 10, 20)
+    assert good is not None
+    cache.discard(digest(0), 10, good)
+    assert cache.read(digest(0), 10, 20) == good
+    cache.discard(digest(0), 10, good[:-1] + b"?")
+    assert cache.read(digest(0), 10, 20) is None
+
+
+def test_a_removal_waits_for_those_who_read_and_nobody_new_begins(tmp_path: Path) -> None:
+    """Red if readers that come one after the other keep a damaged copy in use, or one loses its file while it reads."""
+    cache = ShardCache(tmp_path, 1000)
+    assert cache.bring(digest(0), 100, fill(100))
+    with open(tmp_path / f"{digest(0)}.tar", "rb") as reader, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        removal = pool.submit(cache.discard, digest(0), 0, b"other")
+        deadline = time.monotonic() + 10
+        while cache.read(digest(0), 0, 100) is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert cache.read(digest(0), 0, 100) is None and not removal.done()
+        assert os.fstat(reader.fileno()).st_nlink == 1
+        fcntl.flock(reader, fcntl.LOCK_UN)
+        removal.result(timeout=10)
+    assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_what_a_killed_removal_left_goes(tmp_path: Path) -> None:
+    """Red if the bytes of a copy whose removal was cut off stay, beyond the limit, for ever."""
+    cache = ShardCache(tmp_path, 1000)
+    assert cache.bring(digest(0), 100, fill(100))
+    (tmp_path / f"{digest(0)}.tar").rename(tmp_path / f".{digest(0)}.tar.removed")
+    ShardCache(tmp_path, 1000)
+    assert os.listdir(tmp_path) == [".lock"]
 
 
 def read_all(url: str, folder: Path, shards: float, seed: int, outcomes: multiprocessing.Queue[tuple[bool, int]]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import http.client
 import select
 import threading
+from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 MAX_IDLE = 32  # connections per host that are kept open
@@ -33,7 +34,8 @@ class Connections:
         key = url.scheme, url.netloc
         connection = self._take(key) or self._open(url)
         try:
-            connection.request("GET", self._target(url), headers=dict(headers))
+            target, own = self._target(url)
+            connection.request("GET", target, headers={**headers, **own})
             response = connection.getresponse()
             yield response
         except BaseException:
@@ -68,12 +70,15 @@ class Connections:
             return kind(url.hostname or "", url.port, timeout=self._timeout)
         connection = kind(proxy.hostname or "", proxy.port, timeout=self._timeout)
         if url.scheme == "https":
-            connection.set_tunnel(url.hostname or "", url.port)
+            connection.set_tunnel(url.hostname or "", url.port, headers=_credentials(proxy))
         return connection
 
-    def _target(self, url: SplitResult) -> str:
-        target = url._replace(scheme="", netloc="", fragment="").geturl() or "/"
-        return url._replace(fragment="").geturl() if url.scheme == "http" and _proxy(url) is not None else target
+    def _target(self, url: SplitResult) -> tuple[str, dict[str, str]]:
+        """What is asked for, and the headers that go with it: a proxy passes on whole addresses, but for https://."""
+        proxy = _proxy(url) if url.scheme == "http" else None
+        if proxy is not None:
+            return url._replace(fragment="").geturl(), _credentials(proxy)
+        return url._replace(scheme="", netloc="", fragment="").geturl() or "/", {}
 
 
 def _proxy(url: SplitResult) -> SplitResult | None:
@@ -82,6 +87,14 @@ def _proxy(url: SplitResult) -> SplitResult | None:
     if not address or proxy_bypass(url.netloc.rpartition("@")[2]):
         return None
     return urlsplit(address if "://" in address else f"http://{address}")
+
+
+def _credentials(proxy: SplitResult) -> dict[str, str]:
+    """The header for a proxy whose address holds a user and password (RFC 7617)."""
+    if proxy.username is None:
+        return {}
+    pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {b64encode(pair.encode()).decode()}"}
 
 
 def _has_ended(connection: http.client.HTTPConnection) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from xkd_fast.data.shards import CorruptSampleError, EncodedSample, ShardSet
 
 READ_BYTES = 8 * 2**20  # of one read, about
 REMOTE_READERS = 16  # threads that wait for a server's answers, where each brings one sample
+LONGEST_CLOSE = 1.0  # seconds; a server that does not answer is asked for minutes
 READ_GAP = 64 * 2**10  # bytes between two samples, at most, that are read along rather than asked for apart
 
 
@@ -95,13 +97,14 @@ class ReadAhead:
         return self._shards.read(sample)
 
     def close(self) -> None:
-        """Stop the threads and wait for them: at most for the reads under way."""
+        """Stop the threads and wait for them, unless a read under way takes long: its thread ends with it, by itself."""
         with self._changed:
             self._stopped = True
             self._held.clear()
             self._changed.notify_all()
+        until = time.monotonic() + LONGEST_CLOSE
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _work(self) -> None:
         try:

@@ -26,6 +26,7 @@ from xkd_fast.model.options import FORBID_EXTRA, option, require
 
 _NAME = re.compile(r"[0-9a-f]{32}\.tar")
 _PARTIAL = re.compile(r"\.[0-9a-f]{32}\.tar\.partial")
+_REMOVED = re.compile(r"\.[0-9a-f]{32}\.tar\.removed")
 TRIES = 4  # to find a shard that others bring and remove at the same time
 
 
@@ -120,10 +121,14 @@ class ShardCache:
                 if _is_at(file, aside(path)):
                     aside(path).unlink()
 
-    def discard(self, digest: str) -> None:
-        """Remove a copy that turned out to be damaged."""
+    def discard(self, digest: str, offset: int, data: bytes) -> None:
+        """Remove a copy that turned out to be damaged: one that does not hold ``data``, the right bytes, at ``offset``.
+
+        Where several have met the damage, the copy that the first of them fetched anew stays.
+        """
         with self._telling(), self._sole():
-            self._remove(self._path(digest))
+            if self.read(digest, offset, len(data)) != data:
+                self._remove(self._path(digest))
 
     def _path(self, digest: str) -> Path:
         return self.folder / f"{digest}.tar"
@@ -152,6 +157,8 @@ class ShardCache:
             with suppress(FileNotFoundError):
                 if _PARTIAL.fullmatch(entry.name):
                     reserved += 0 if _remove_if_orphaned(Path(entry.path)) else entry.stat().st_size
+                elif _REMOVED.fullmatch(entry.name):  # by a process that was killed over it
+                    _wait_and_unlink(Path(entry.path))
                 elif _NAME.fullmatch(entry.name):
                     kept.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
         if reserved + size > self.limit:
@@ -165,9 +172,10 @@ class ShardCache:
         return True
 
     def _remove(self, path: Path) -> None:
-        with suppress(FileNotFoundError), open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # not under a reader's hands: the disk would hold it beyond the limit
-            path.unlink()
+        with suppress(FileNotFoundError):
+            removed = aside(path).with_suffix(".removed")
+            os.replace(path, removed)  # from now on nobody new reads it
+            _wait_and_unlink(removed)
 
     def _flush_folder(self) -> None:
         descriptor = os.open(self.folder, os.O_RDONLY)
@@ -183,6 +191,13 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _wait_and_unlink(path: Path) -> None:
+    """Remove a file once nobody reads it: under a reader's hands the disk would hold it beyond the limit."""
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        path.unlink()
 
 
 def _remove_if_orphaned(partial: Path) -> bool:

@@ -471,9 +471,10 @@ class ShardSet:
             if tar.storage.is_local and number >= self._kept:
                 raise
         # spoiled on its way, or in the cache: once more, from where it came
-        whole = self._checked(index, parts, tar.storage.read(tar.name, start, end - start))
+        data = tar.storage.read(tar.name, start, end - start)
+        whole = self._checked(index, parts, data)
         if self._cache is not None and number < self._kept:
-            self._cache.discard(tar.digest)
+            self._cache.discard(tar.digest, start, data)
         return whole
 
     def read_range(self, number: int, offset: int, size: int) -> bytes:
