@@ -245,6 +245,11 @@ def prepare(arguments: list[str]) -> int:
     where.add_argument("--split", help="split of the data set (default: its first)")
     where.add_argument("--fold", type=int, metavar="N", help="which of its splits, from 1 (default: 1)")
     where.add_argument("--annotations", metavar="DIR", help="folder of its annotation files (default: in or beside SOURCE)")
+    where.add_argument("--subset", action="store_true", help="its lists are shorter than the official ones on purpose; without "
+        "this such lists are refused, since they may have been cut off")  # fmt: skip
+    where.add_argument("--id-files", choices=("auto", "clips", "videos"), default="auto",
+        help="audioset, vggsound: what files named by a YouTube id alone hold, the clips or the whole videos (default: auto, "
+        "by the lengths of some)")  # fmt: skip
     look = parser.add_argument_group("look before you leap (nothing is converted to shards)")
     look.add_argument("--dry-run", action="store_true", help="tell what would be done, and write nothing")
     look.add_argument("--audit", action="store_true", help="open every file, and count what the pile holds")
@@ -294,9 +299,11 @@ def _check_prepare_arguments(given: argparse.Namespace) -> None:
         given.source, given.destination = None, given.source
     elif given.source is None:
         raise UserError("no source is named: write xkd-fast prepare SOURCE DESTINATION, or --list FILE DESTINATION")
-    for name in ("split", "fold", "annotations"):
-        if given.dataset is None and getattr(given, name) is not None:
-            raise UserError(f"--{name} {getattr(given, name)} says something of a data set; name it with --dataset")
+    for name, unset in (("split", None), ("fold", None), ("annotations", None), ("subset", False), ("id_files", "auto")):
+        value = getattr(given, name)
+        if given.dataset is None and value != unset:
+            option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            raise UserError(f"{option} says something of a data set; name it with --dataset")
     if given.audit and given.dry_run:
         raise UserError("--audit and --dry-run are two questions; ask one at a time")
     if given.audit and given.destination is not None:
@@ -334,7 +341,8 @@ def _sources(given: argparse.Namespace, options: Any) -> Any:
     if given.list is not None:
         return read_list(Path(given.list))
     if given.dataset is not None:
-        return open_dataset(given.dataset, given.source, split=given.split, fold=given.fold, annotations=given.annotations)
+        asked = {name: getattr(given, name) for name in ("split", "fold", "annotations", "subset", "id_files")}
+        return open_dataset(given.dataset, given.source, **asked)
     return find_sources(Path(given.source), MEDIA_SUFFIXES if given.audit else options.suffixes)
 
 

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from pathlib import Path
+from itertools import takewhile
 
-from xkd_fast.data.datasets.dataset import (
-    DataSet,
-    Entry,
-    Listing,
-    Request,
-    span,
-    table_rows,
-    without_repeats,
-    wrong,
-    youtube_id,
-)
-from xkd_fast.data.sources import csv_rows, read_text
+from xkd_fast.data.datasets.dataset import Annotations, DataSet, Entry, alone
+from xkd_fast.data.datasets.rows import plain_rows, span, table_rows, text_lines, wrong, youtube_id
 
 LABELS = "class_labels_indices.csv"
-FILES = {
-    "balanced_train": ("balanced_train_segments.csv",),
-    "unbalanced_train": ("unbalanced_train_segments.csv",),
-    "train": ("balanced_train_segments.csv", "unbalanced_train_segments.csv"),
-    "eval": ("eval_segments.csv",),
-}
+TRAIN = ("balanced_train", "unbalanced_train")
+COLUMNS = "YTID, start_seconds, end_seconds and positive_labels"
 
 
-def _classes(path: Path) -> dict[str, str]:
+def _names(files: Annotations) -> dict[str, str]:
     """Names of classes by their identifier, in the order of their numbers."""
-    names: dict[str, str] = {}
+    path, names = files.require(LABELS), dict[str, str]()
     for place, (line, row) in enumerate(table_rows(path, ("index", "mid", "display_name"))):
         if row["index"] != str(place):
             raise wrong(path, line, f"index {row['index']!r} where {place} follows")
@@ -39,47 +26,44 @@ def _classes(path: Path) -> dict[str, str]:
     return names
 
 
-def _entries(path: Path, names: dict[str, str]) -> Iterator[Entry]:
+def read(files: Annotations, part: str) -> Iterator[Entry]:
+    """The segments of a list, as many as its header says."""
+    names, path, count = _names(files), files.require(f"{part}_segments.csv"), 0
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # one tuple for all entries of the same classes
-    for line, row in csv_rows(path, read_text(path, "an annotation file"), skip_spaces=True):
-        if row[0].startswith("#"):
-            continue
-        if len(row) != 4:
-            raise wrong(path, line, f"{len(row)} cells where YTID, start_seconds, end_seconds and positive_labels belong")
-        video = youtube_id(path, line, row[0].strip())
-        start, end = span(path, line, row[1], row[2])
-        identifiers = [part.strip() for part in row[3].split(",")]
+    for line, (identity, first, last, labels) in plain_rows(path, COLUMNS, 4, skip_spaces=True):
+        video, (start, end) = youtube_id(path, line, identity), span(path, line, first, last)
+        identifiers = [label.strip() for label in labels.split(",")]
         unknown = [identifier for identifier in identifiers if identifier not in names]
         if unknown:
             raise wrong(path, line, f"label {unknown[0]!r} is not in {LABELS}")
         classes = tuple(dict.fromkeys(names[identifier] for identifier in identifiers))
-        yield Entry(f"{video}_{start:g}", shared.setdefault(classes, classes), line, start=start, end=end, recording=video)
-
-
-def read(dataset: DataSet, request: Request) -> Listing:
-    """The entries of a split, numbered as in the official list of classes."""
-    names, warnings = _classes(dataset.require(request, LABELS)), list[str]()
-    entries: list[Entry] = []
-    for file in FILES[request.split]:
-        path = dataset.require(request, file)
-        entries += without_repeats(path, _entries(path, names), warnings)
-    elsewhere: list[Entry] = []
-    for file in FILES["train" if request.split == "eval" else "eval"]:
-        other = dataset.find(request, file)
-        if other is not None:
-            elsewhere += _entries(other, names)
-    return Listing(entries, list(names.values()), elsewhere, warnings)
+        name, count = f"{video}_{start:g}", count + 1
+        yield Entry(name, shared.setdefault(classes, classes), path, line, start=start, end=end, recording=video)
+    heading = " ".join(text for _, text in takewhile(lambda numbered: numbered[1].startswith("#"), text_lines(path)))
+    match = re.search(r"num_segs=(\d+)", heading)
+    promised = int(match[1]) if match else None
+    if promised is not None and count < promised:
+        files.is_short(str(path), f"lists {count} segments", f"its own header {promised}")
+    if promised is None and (part, 0) not in AUDIOSET.sizes:
+        files.warnings.append(
+            f"{path} does not say how many segments it holds (num_segs= in its header), so nobody can tell if it is whole"
+        )
 
 
 AUDIOSET = DataSet(
     name="audioset",
     title="AudioSet",
     classes=527,
-    splits=("balanced_train", "unbalanced_train", "train", "eval"),
+    splits=alone(*TRAIN) | {"train": TRAIN} | alone("eval"),
+    together=TRAIN,
+    # Of the csv files; the page that offers them speaks of some more. The largest one is held to its own header.
+    sizes={("balanced_train", 0): (22160,), ("eval", 0): (20371,)},
     read=read,
-    annotations=(LABELS, *FILES["train"], *FILES["eval"]),
+    order=lambda files: list(_names(files).values()),
+    annotations=(LABELS, *(f"{part}_segments.csv" for part in (*TRAIN, "eval"))),
     published="research.google.com/audioset/download.html",
     places=("metadata", "csv"),
-    media="ID_START.* for a part that was cut out already, or ID.* for a whole video, which is cut here",
-    note="several classes per sample; train is both training files; a file named ID.* counts as the whole video",
+    media="ID_START.* for a part that was cut out already, or ID.*, as --id-files says",
+    named_by_id=True,
+    note="several classes per sample; train is both training files",
 )

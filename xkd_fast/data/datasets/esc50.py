@@ -3,40 +3,49 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
-from xkd_fast.data.datasets.dataset import DataSet, Entry, Listing, Request, table_rows, without_repeats, wrong
+from xkd_fast.data.datasets.dataset import Annotations, DataSet, Entry, alone
+from xkd_fast.data.datasets.rows import one_of, table_rows, wrong
 
 FILE = "esc50.csv"
+FOLDS = ("1", "2", "3", "4", "5")
 
 
-def read(dataset: DataSet, request: Request) -> Listing:
-    """The entries of the fold (test) or of the four others (train), classes by their target."""
-    path, warnings = dataset.require(request, FILE), list[str]()
-    names: dict[int, str] = {}
-    rows: list[tuple[bool, Entry]] = []
-    for line, row in table_rows(path, ("filename", "fold", "target", "category"), ("esc10", "src_file", "take")):
-        if row["fold"] not in [str(fold) for fold in range(1, dataset.folds + 1)]:
-            raise wrong(path, line, f"fold {row['fold']!r} must lie in 1-{dataset.folds}")
+def _rows(files: Annotations) -> Iterator[tuple[int, dict[str, str]]]:
+    return table_rows(files.require(FILE), ("filename", "fold", "target", "category"), ("esc10", "src_file", "take"))
+
+
+def _names(files: Annotations) -> list[str]:
+    """The classes in the order of their targets, which have gaps in a part of the set such as ESC-10."""
+    path, names = files.require(FILE), dict[int, str]()
+    for line, row in _rows(files):
         if not row["target"].isdecimal() or names.setdefault(int(row["target"]), row["category"]) != row["category"]:
             raise wrong(path, line, f"target {row['target']!r} and class {row['category']!r} do not go together")
-        stem = os.path.splitext(row["filename"])[0]
-        entry = Entry(row["filename"], (row["category"],), line, stem, recording=row.get("src_file", ""))
-        rows.append((int(row["fold"]) == request.fold, entry))
-    if len(set(names.values())) < len(names):  # targets with gaps are those of a part of the set, such as ESC-10
+    if len(set(names.values())) < len(names):
         raise wrong(path, 1, f"{len(names)} targets have {len(set(names.values()))} classes: two of them share one")
-    tested = request.split == "test"
-    entries = without_repeats(path, (entry for held_out, entry in rows if held_out == tested), warnings)
-    elsewhere = [entry for held_out, entry in rows if held_out != tested]
-    return Listing(entries, [names[number] for number in sorted(names)], elsewhere, warnings)
+    return [names[number] for number in sorted(names)]
+
+
+def read(files: Annotations, part: str) -> Iterator[Entry]:
+    """The sounds of the fold (test), or of the four others (train)."""
+    path = files.require(FILE)
+    for line, row in _rows(files):
+        held_out = one_of(path, line, "fold", row["fold"], FOLDS) == str(files.fold)
+        if held_out == (part == "test"):
+            stem = os.path.splitext(row["filename"])[0]
+            yield Entry(row["filename"], (row["category"],), path, line, stem, recording=row.get("src_file", ""))
 
 
 ESC50 = DataSet(
     name="esc50",
     title="ESC-50",
     classes=50,
-    splits=("train", "test"),
-    folds=5,
+    splits=alone("train", "test"),
+    folds=len(FOLDS),
+    sizes={("train", 0): (1600,), ("test", 0): (400,)},
     read=read,
+    order=_names,
     annotations=(FILE,),
     published="the repository karolpiczak/ESC-50 on GitHub (meta)",
     places=("meta",),

@@ -3,46 +3,53 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
-from xkd_fast.data.datasets.dataset import DataSet, Entry, Listing, Request, text_lines, without_repeats, wrong
+from xkd_fast.data.datasets.dataset import Annotations, DataSet, Entry, alone
+from xkd_fast.data.datasets.rows import text_lines, wrong
 
 SIDES = {"0": "neither", "1": "train", "2": "test"}
 
 
-def read(dataset: DataSet, request: Request) -> Listing:
-    """The entries of one side of a split; classes are sorted."""
-    ending = f"_test_split{request.fold}.txt"
-    folder = next((at for at in dataset.folders(request) if at.is_dir() and any(at.glob(f"*{ending}"))), None)
-    if folder is None:
-        raise dataset.lacks(request, f"CLASS{ending}")
-    sides: dict[str, list[Entry]] = {side: [] for side in SIDES.values()}
-    warnings: list[str] = []
-    classes = sorted(path.name.removesuffix(ending) for path in folder.glob(f"*{ending}"))
-    for name in classes:
-        path, marks = folder / f"{name}{ending}", dict[str, str]()
-        listed: dict[str, list[Entry]] = {side: [] for side in SIDES.values()}
+def _lists(files: Annotations) -> dict[str, Path]:
+    """The list of each class, sorted by class.
+
+    Raises:
+        MissingAnnotation: there is none for this fold.
+    """
+    ending = f"_test_split{files.fold}.txt"
+    for folder in files.folders():
+        found = sorted(folder.glob(f"*{ending}"))
+        if found:
+            return {path.name.removesuffix(ending): path for path in found}
+    raise files.lacks(f"CLASS{ending}")
+
+
+def read(files: Annotations, part: str) -> Iterator[Entry]:
+    """The videos of one side of a split."""
+    for name, path in _lists(files).items():
+        marks: dict[str, str] = {}
         for line, text in text_lines(path):
             file, _, mark = text.rpartition(" ")
-            if mark not in SIDES or not file.strip():
-                raise wrong(path, line, f"{text!r} is not a file's name and 0, 1 or 2")
             file = file.strip()
+            if mark not in SIDES or not file:
+                raise wrong(path, line, f"{text!r} is not a file's name and 0, 1 or 2")
             if marks.setdefault(file, mark) != mark:
                 raise wrong(path, line, f"{file} has mark {mark}, further up it has {marks[file]}")
-            stem = os.path.splitext(file)[0]
-            listed[SIDES[mark]].append(Entry(f"{name}/{file}", (name,), line, stem, folder=name))
-        for side, entries in listed.items():
-            sides[side] += without_repeats(path, entries, warnings)
-    other = "test" if request.split == "train" else "train"
-    return Listing(sides[request.split], classes, sides[other], warnings)
+            if SIDES[mark] == part:
+                yield Entry(f"{name}/{file}", (name,), path, line, os.path.splitext(file)[0], folder=name)
 
 
 HMDB51 = DataSet(
     name="hmdb51",
     title="HMDB51",
     classes=51,
-    splits=("train", "test"),
+    splits=alone("train", "test"),
     folds=3,
+    sizes={("train", 0): (51 * 70,), ("test", 0): (51 * 30,)},
     read=read,
+    order=lambda files: list(_lists(files)),
     annotations=("CLASS_test_split1.txt",),
     published="serre.lab.brown.edu/hmdb51.html (test_train_splits)",
     places=("testTrainMulti_7030_splits", "test_train_splits", "test_train_splits/testTrainMulti_7030_splits"),

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
-from xkd_fast.data.datasets.dataset import DataSet, Entry, Listing, Request, text_lines, without_repeats, wrong
+from xkd_fast.data.datasets.dataset import Annotations, DataSet, Entry, alone
+from xkd_fast.data.datasets.rows import text_lines, wrong
 
 CLASSES = "classInd.txt"
+COUNTS = {  # videos by fold
+    1: {"train": 9537, "test": 3783},
+    2: {"train": 9586, "test": 3734},
+    3: {"train": 9624, "test": 3696},
+}
 
 
-def _classes(path: Path) -> list[str]:
-    names: list[str] = []
+def _names(files: Annotations) -> list[str]:
+    """The classes in the order of their numbers."""
+    path, names = files.require(CLASSES), list[str]()
     for line, text in text_lines(path):
         number, _, name = text.partition(" ")
         if number != str(len(names) + 1) or not name or name in names:
@@ -21,7 +27,9 @@ def _classes(path: Path) -> list[str]:
     return names
 
 
-def _entries(path: Path, classes: list[str]) -> Iterator[Entry]:
+def read(files: Annotations, part: str) -> Iterator[Entry]:
+    """The videos of one side of a split."""
+    classes, path = _names(files), files.require(f"{part}list{files.fold:02d}.txt")
     for line, text in text_lines(path):
         match = re.fullmatch(r"(?P<folder>[^/]+)/(?P<file>.+?)\.avi(?:\s+(?P<number>\d+))?", text)
         if match is None:
@@ -32,25 +40,18 @@ def _entries(path: Path, classes: list[str]) -> Iterator[Entry]:
         if number is not None and classes.index(folder) + 1 != int(number):
             raise wrong(path, line, f"class {folder} has number {number}, in {CLASSES} {classes.index(folder) + 1}")
         recording = re.sub(r"_c\d+$", "", stem) if re.search(r"_g\d+_c\d+$", stem) else ""
-        yield Entry(f"{folder}/{stem}.avi", (folder,), line, stem, folder=folder, recording=recording)
-
-
-def read(dataset: DataSet, request: Request) -> Listing:
-    """The entries of one side of a split, classes in the official order."""
-    classes, warnings = _classes(dataset.require(request, CLASSES)), list[str]()
-    path = dataset.require(request, f"{request.split}list{request.fold:02d}.txt")
-    other = dataset.find(request, f"{'test' if request.split == 'train' else 'train'}list{request.fold:02d}.txt")
-    entries = without_repeats(path, _entries(path, classes), warnings)
-    return Listing(entries, classes, list(_entries(other, classes)) if other is not None else [], warnings)
+        yield Entry(f"{folder}/{stem}.avi", (folder,), path, line, stem, folder=folder, recording=recording)
 
 
 UCF101 = DataSet(
     name="ucf101",
     title="UCF101",
     classes=101,
-    splits=("train", "test"),
+    splits=alone("train", "test"),
     folds=3,
+    sizes={(part, fold): (count,) for fold, counts in COUNTS.items() for part, count in counts.items()},
     read=read,
+    order=_names,
     annotations=(CLASSES, "trainlist01.txt", "testlist01.txt"),
     published="crcv.ucf.edu/data/UCF101.php (the train and test splits for action recognition)",
     places=("ucfTrainTestlist",),

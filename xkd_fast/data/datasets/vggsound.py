@@ -3,46 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from xkd_fast.data.datasets.dataset import DataSet, Entry, Listing, Request, number_in, without_repeats, wrong, youtube_id
-from xkd_fast.data.sources import csv_rows, read_text
+from xkd_fast.data.datasets.dataset import Annotations, DataSet, Entry, alone
+from xkd_fast.data.datasets.rows import number_in, one_of, plain_rows, wrong, youtube_id
 
 FILE = "vggsound.csv"
+COLUMNS = "a YouTube id, the start, the class and train or test"
 SECONDS = 10.0  # of every part
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Entry]]:
-    for line, row in csv_rows(path, read_text(path, "an annotation file")):
-        if len(row) != 4:
-            raise wrong(path, line, f"{len(row)} cells where a YouTube id, the start, the class and train or test belong")
-        video, name, split = youtube_id(path, line, row[0].strip()), row[2].strip(), row[3].strip()
-        start = number_in(path, line, "start", row[1])
-        if split not in ("train", "test"):
-            raise wrong(path, line, f"split {split!r} must be train or test")
-        if not name:
+def read(files: Annotations, part: str) -> Iterator[Entry]:
+    """The rows of one side."""
+    path = files.require(FILE)
+    for line, (identity, first, label, side) in plain_rows(path, COLUMNS, 4):
+        video, start = youtube_id(path, line, identity), number_in(path, line, "start", first)
+        if not label:
             raise wrong(path, line, "the class is empty")
-        own = f"{video}_{round(start):06d}"
-        yield split, Entry(own, (name,), line, start=start, end=start + SECONDS, recording=video)
-
-
-def read(dataset: DataSet, request: Request) -> Listing:
-    """The entries of a split; classes are sorted."""
-    path, warnings = dataset.require(request, FILE), list[str]()
-    rows = list(_rows(path))
-    entries = without_repeats(path, (entry for split, entry in rows if split == request.split), warnings)
-    elsewhere = [entry for split, entry in rows if split != request.split]
-    return Listing(entries, sorted({name for _, entry in rows for name in entry.classes}), elsewhere, warnings)
+        if one_of(path, line, "split", side, ("train", "test")) == part:
+            own = f"{video}_{round(start):06d}"
+            yield Entry(own, (label,), path, line, start=start, end=start + SECONDS, recording=video)
 
 
 VGGSOUND = DataSet(
     name="vggsound",
     title="VGGSound",
     classes=309,
-    splits=("train", "test"),
+    splits=alone("train", "test"),
+    # Two editions of the file are published, by the project's page and by its repository hche11/VGGSound.
+    sizes={("train", 0): (183730, 183971), ("test", 0): (15446, 15496)},
     read=read,
     annotations=(FILE,),
     published="robots.ox.ac.uk/~vgg/data/vggsound",
-    media="ID_SSSSSS.*, the start in whole seconds, or ID.* for a whole video, which is cut here",
+    media="ID_SSSSSS.*, the start in whole seconds, or ID.*, as --id-files says",
+    named_by_id=True,
     note="classes are sorted",
 )
