@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from xkd_fast import cli, doctor
 from xkd_fast.data.shards import ShardSet
+from xkd_fast.data.synthetic import SyntheticOptions
 from xkd_fast.errors import UserError
 from xkd_fast.model.options import option
 
@@ -170,6 +172,15 @@ def test_render_writes_a_data_set_and_keeps_what_is_there(tmp_path, capsys):
     assert sorted(path.parent.name for path in (tmp_path / "videos").rglob("*.mp4")) == ["flash", "orbit"]
     assert cli.main(arguments) == 0
     assert "2 clips of 2 classes, 0 of them rendered now" in capsys.readouterr().out
+
+
+def test_render_tells_what_its_classes_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Red if a class is listed by its name alone, which does not tell what is seen and heard."""
+    with pytest.raises(SystemExit):
+        cli.main(["render", "--help"])
+    shown = capsys.readouterr().out
+    for name in SyntheticOptions().classes:
+        assert re.search(rf"^  {name} +[A-Z][^;]+; .+\.$", shown, re.MULTILINE), name
 
 
 def test_progress_without_a_terminal_is_a_line_a_tenth(capsys):

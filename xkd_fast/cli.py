@@ -191,13 +191,19 @@ def _plain_progress(title: str) -> Callable[[int, int], None]:
 def render(arguments: list[str]) -> int:
     """Render labelled audio-visual events to video files in class folders."""
     from xkd_fast.data.synthetic import SyntheticOptions, render_dataset
+    from xkd_fast.data.synthetic.events import EVENTS
 
+    events = "\n".join(f"  {name:<10}{(event.__doc__ or '').splitlines()[0]}" for name, event in EVENTS.items())
     parser = _command_parser(
         "render",
-        "Render labelled audio-visual events to real video files, one folder per class. The same seed gives the same clips; "
-        "what is complete is kept.",
+        "Render labelled audio-visual events to real video files, one folder per class, to try the other commands on. What is "
+        "heard follows from what is seen, so pictures tell the class, sound tells it, and each tells of the other. The same "
+        "seed gives the same clips, another seed others of the same classes. What is complete is kept.",
         "  xkd-fast render runs/videos --clips-per-class 50 --workers 4\n"
-        "  xkd-fast render runs/easy --classes bounce orbit --distractors 0 --background 0",
+        "  xkd-fast render runs/easy --classes bounce orbit --distractors 0 --background 0     easier to tell apart\n"
+        "  xkd-fast render runs/test --seed 1 --clips-per-class 10                             others, to test on\n"
+        "  xkd-fast prepare runs/videos runs/shards --short-side 32                            what comes next\n\n"
+        f"classes:\n{events}",
     )
     parser.add_argument("destination", help="folder to write; empty, or rendered before with the same options")
     parser.add_argument(
@@ -529,18 +535,28 @@ def _check_shards(folders: list[str], *, as_json: bool) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """Measure what a checkpoint has learnt."""
+    from xkd_fast.evaluate import average_precision, svm
+    from xkd_fast.evaluate.options import add_arguments
+
     parser = _command_parser(
         "evaluate",
-        "Measure what a checkpoint has learnt. `svm`: linear SVMs on its frozen features of video, audio and both.",
+        "Measure what a checkpoint has learnt, by linear SVMs on its frozen features of video, audio and both. `svm`: "
+        "accuracy, for samples of one class. `map`: mean average precision, for samples of several classes.",
         "  xkd-fast evaluate svm --checkpoint runs/k400 --data /data/ucf101/train1 --test-data /data/ucf101/test1\n"
-        "  xkd-fast evaluate svm --checkpoint runs/demo --data runs/demo/shards/train --train-clips 2 --untrained",
+        "  xkd-fast evaluate svm --checkpoint runs/demo --data runs/demo/shards/train --train-clips 2 --untrained\n"
+        "  xkd-fast evaluate map --checkpoint runs/k400 --data /data/fsd50k/dev --test-data /data/fsd50k/test --train-clips 4",
     )
     protocols = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL")
-    svm = protocols.add_parser("svm", help="linear SVMs on frozen features", description="Linear SVMs on frozen features.")
-    from xkd_fast.evaluate.svm import add_arguments, run
-
-    add_arguments(svm)
-    return run(parser.parse_args(arguments))
+    for name, module, measure in (
+        ("svm", svm, "accuracy of linear SVMs on frozen features"),
+        ("map", average_precision, "mean average precision of linear SVMs on frozen features, one for each class"),
+    ):
+        protocol = protocols.add_parser(name, help=measure, description=f"{measure[0].upper()}{measure[1:]}.")
+        add_arguments(protocol, module.FILE)
+        protocol.set_defaults(run=module.run)
+    given = parser.parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = given.run
+    return run(given)
 
 
 def demo(arguments: list[str]) -> int:

@@ -108,7 +108,7 @@ CHECKS = (
     Check(
         "scikit-learn",
         "import sklearn; return sklearn.__version__",
-        "no `xkd-fast evaluate svm`: pip install scikit-learn",
+        "no `xkd-fast evaluate`: pip install scikit-learn",
     ),
     Check(
         "Triton",

@@ -19,19 +19,15 @@ from xkd_fast.data.pipeline import clips
 from xkd_fast.data.shards import ShardSet
 from xkd_fast.errors import UserError
 from xkd_fast.evaluate.features import ClipFeatures, load_model
+from xkd_fast.evaluate.options import DEFAULT_C, MODALITIES, SvmOptions, add_arguments, parse_c
+from xkd_fast.evaluate.protocol import features_of, progress_bar
+from xkd_fast.evaluate.samples import Rows, Samples, present_modalities
 from xkd_fast.evaluate.svm import (
-    DEFAULT_C,
-    Rows,
-    Samples,
-    SvmOptions,
-    add_arguments,
+    FILE,
     evaluate_rows,
     evaluate_svm,
-    features_of,
     fit_svm,
     notes_on,
-    parse_c,
-    progress_bar,
     run,
     sample_scores,
     stratified_split,
@@ -244,7 +240,7 @@ def test_wrong_options_are_named(changes, message):
 
 def parse(*arguments):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_arguments(parser, FILE)
     return parser.parse_args(arguments)
 
 
@@ -365,3 +361,25 @@ def test_shards_behind_an_address(world: SimpleNamespace, tmp_path: Path) -> Non
     assert main(local) == 0
     reports = [json.loads((tmp_path / name / "svm.json").read_text()) for name in ("remote", "local")]
     assert reports[0]["results"] == reports[1]["results"]
+
+
+@pytest.mark.parametrize(
+    ("audio", "video", "asked", "sentence"),
+    [
+        ([1, 0], [1, 1], MODALITIES, "audio and both together cannot be evaluated, because 1 of 4 samples has no sound"),
+        ([0, 0], [1, 0], MODALITIES, "video, audio and both together cannot be evaluated, because 2 of 4 samples have no sound "
+         "and 1 of 4 samples has no picture; ask for others with --modalities"),
+        ([1, 1], [0, 0], ("video",), "video cannot be evaluated, because 2 of 4 samples have no picture; ask for others"),
+    ],
+)  # fmt: skip
+def test_modalities_that_are_left_out_are_told_in_a_sentence(
+    audio: list[int], video: list[int], asked: tuple[str, ...], sentence: str
+) -> None:
+    """Red if a reader has to guess what was left out, or why, from words that do not go together."""
+    shards = SimpleNamespace(has_audio=np.array([*audio, 1, 1], bool), has_video=np.array([*video, 1, 1], bool))
+    sides = [Samples(shards, np.array(numbers), np.zeros(2)) for numbers in ([0, 1], [2, 3])]
+    if "; ask" in sentence:
+        with pytest.raises(UserError, match=f"^{sentence}"):
+            present_modalities(asked, *sides)
+    else:
+        assert present_modalities(asked, *sides) == (("video",), [sentence])
