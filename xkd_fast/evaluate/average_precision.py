@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
@@ -23,6 +22,7 @@ from rich.table import Table
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import average_precision_score
 from sklearn.svm import LinearSVC
+from sklearn.utils.parallel import Parallel, delayed
 
 from xkd_fast.data.shards import ShardSet
 from xkd_fast.data.storage import shown
@@ -178,7 +178,7 @@ def fit_each(rows: Rows, c: float, seed: int) -> tuple[LinearScores, bool]:
     numbers = np.flatnonzero(told_apart(labels))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # noted by what the solvers say of their iterations
-        fitted = joblib.Parallel(n_jobs=joblib.cpu_count(), prefer="threads")(joblib.delayed(fit)(int(n)) for n in numbers)
+        fitted = Parallel(n_jobs=-1, prefer="threads")(delayed(fit)(int(number)) for number in numbers)
     weights, biases = np.zeros((labels.shape[1], values.shape[1])), np.zeros(labels.shape[1])
     for number, classifier in zip(numbers, fitted, strict=True):
         weights[number], biases[number] = classifier.coef_[0], classifier.intercept_[0]
