@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,11 @@ from xkd_fast.data.storage import shown
 from xkd_fast.evaluate.options import SvmOptions, read_arguments, require
 from xkd_fast.evaluate.protocol import (
     MAX_ITERATIONS,
+    Report,
     measure,
     notes_on_solvers,
-    per_cent,
     sweep_c,
     tell,
-    title_of,
     write_report,
 )
 from xkd_fast.evaluate.samples import Rows, Samples, class_numbers, require_labels
@@ -65,18 +64,11 @@ class MapResult:
 
 
 @dataclass(frozen=True)
-class MapReport:
-    """The result of :func:`evaluate_map`, as written to ``map.json``."""
+class MapReport(Report[MapResult]):
+    """The result of :func:`evaluate_map`, as written to ``map.json``.
 
-    chance: float  # of scores that tell nothing: the mean over the same classes of their shares of the test samples
-    classes: list[str]
-    results: dict[str, MapResult]  # by modality
-    samples: dict[str, int]  # training and test samples
-    settings: dict[str, Any]
-    model: dict[str, Any]  # file, step, seed, width
-    versions: dict[str, str]
-    seconds: float
-    notes: list[str] = field(default_factory=list)
+    Chance is the mean, over the classes that count, of their shares of the test samples.
+    """
 
     @property
     def map(self) -> dict[str, float]:
@@ -85,16 +77,12 @@ class MapReport:
 
     def table(self) -> Table:
         """The report for a terminal, in per cent."""
-        kind = title_of(self.settings, self.model)
-        title = f"Mean average precision of linear SVMs on frozen features ({kind}), {self.samples['test']} test samples, %"
-        table = Table(title=title)
-        for heading in ("features", "C", "validation", "mAP", "best on test", "chance"):
-            table.add_column(heading, justify="left" if heading == "features" else "right")
-        for modality, result in self.results.items():
-            validation = next(row.validation_map for row in result.sweep if row.c == result.c)
-            numbers = (validation, result.map, result.best_on_test, self.chance)
-            table.add_row(modality, f"{result.c:g}", *per_cent(numbers))
-        return table
+
+        def values(found: MapResult) -> tuple[float | None, ...]:
+            validation = next(row.validation_map for row in found.sweep if row.c == found.c)
+            return validation, found.map, found.best_on_test
+
+        return self.rows("Mean average precision of linear SVMs", ("validation", "mAP", "best on test"), values)
 
 
 # ------------------------------------------------------------------------------------------------------------- the samples

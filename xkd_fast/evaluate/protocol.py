@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from xkd_fast.data.pipeline import clips
 from xkd_fast.data.storage import shown
@@ -26,8 +27,42 @@ from xkd_fast.files import write_aside
 MAX_ITERATIONS = 5000  # of a solver
 PACKAGES = ("xkd-fast", "torch", "numpy", "scikit-learn", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
-Result = TypeVar("Result")
+
+class _HasC(Protocol):
+    @property
+    def c(self) -> float: ...
+
+
+Result = TypeVar("Result", bound=_HasC)
 Prediction = TypeVar("Prediction")
+
+
+@dataclass(frozen=True)
+class Report(Generic[Result]):
+    """What an evaluation by linear SVMs came to, as its file holds it."""
+
+    chance: float  # what features that tell nothing come to, 0-1
+    classes: list[str]
+    results: dict[str, Result]  # by modality
+    samples: dict[str, int]  # training and test samples
+    settings: dict[str, Any]
+    model: dict[str, Any]  # file, step, seed, options
+    versions: dict[str, str]
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self, title: str, measures: Sequence[str], values: Callable[[Result], Sequence[float | None]]) -> Table:
+        """A table for a terminal, in per cent: features, C, then ``measures``, whose ``values`` a result has, and chance."""
+        network = f"{self.settings['network']}, " + (
+            "untrained" if self.settings["untrained"] else f"step {self.model['step']}"
+        )
+        table = Table(title=f"{title} on frozen features ({network}), {self.samples['test']} test samples, %")
+        for heading in ("features", "C", *measures, "chance"):
+            table.add_column(heading, justify="left" if heading == "features" else "right")
+        for modality, result in self.results.items():
+            cells = ["–" if value is None else f"{100 * value:.1f}" for value in (*values(result), self.chance)]
+            table.add_row(modality, f"{result.c:g}", *cells)
+        return table
 
 
 @dataclass(frozen=True)
@@ -172,16 +207,6 @@ def notes_on_solvers(trials: dict[str, list[tuple[float, bool]]]) -> list[str]:
         if stuck:
             notes.append(f"{modality}: the solver stopped after {MAX_ITERATIONS} iterations at C = {', '.join(stuck)}")
     return notes
-
-
-def title_of(settings: dict[str, Any], model: dict[str, Any]) -> str:
-    """Whose features they are, for the title of a table."""
-    return f"{settings['network']}, {'untrained' if settings['untrained'] else 'step ' + str(model['step'])}"
-
-
-def per_cent(values: tuple[float | None, ...]) -> list[str]:
-    """Shares as cells of a table."""
-    return ["–" if value is None else f"{100 * value:.1f}" for value in values]
 
 
 def progress_bar(console: Console | None) -> Progress:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,11 @@ from xkd_fast.data.storage import shown
 from xkd_fast.evaluate.options import SvmOptions, read_arguments, require
 from xkd_fast.evaluate.protocol import (
     MAX_ITERATIONS,
+    Report,
     measure,
     notes_on_solvers,
-    per_cent,
     sweep_c,
     tell,
-    title_of,
     write_report,
 )
 from xkd_fast.evaluate.samples import Rows, Samples, class_numbers, require_labels
@@ -65,18 +64,8 @@ class ModalityResult:
 
 
 @dataclass(frozen=True)
-class SvmReport:
-    """The result of :func:`evaluate_svm`, as written to ``svm.json``."""
-
-    chance: float  # 1 / number of classes taught
-    classes: list[str]
-    results: dict[str, ModalityResult]  # by modality
-    samples: dict[str, int]  # training and test samples
-    settings: dict[str, Any]
-    model: dict[str, Any]  # file, step, seed, width
-    versions: dict[str, str]
-    seconds: float
-    notes: list[str] = field(default_factory=list)
+class SvmReport(Report[ModalityResult]):
+    """The result of :func:`evaluate_svm`, as written to ``svm.json``; chance is 1 / number of classes taught."""
 
     @property
     def top1(self) -> dict[str, float]:
@@ -85,15 +74,12 @@ class SvmReport:
 
     def table(self) -> Table:
         """The report for a terminal, in per cent."""
-        kind = title_of(self.settings, self.model)
-        table = Table(title=f"Linear SVM on frozen features ({kind}), {self.samples['test']} test samples, %")
-        for heading in ("features", "C", "validation", "top-1", "top-5", "best on test", "chance"):
-            table.add_column(heading, justify="left" if heading == "features" else "right")
-        for modality, result in self.results.items():
-            validation = next(row.validation_top1 for row in result.sweep if row.c == result.c)
-            numbers = (validation, result.top1, result.top5, result.best_on_test, self.chance)
-            table.add_row(modality, f"{result.c:g}", *per_cent(numbers))
-        return table
+
+        def values(found: ModalityResult) -> tuple[float | None, ...]:
+            validation = next(row.validation_top1 for row in found.sweep if row.c == found.c)
+            return validation, found.top1, found.top5, found.best_on_test
+
+        return self.rows("Linear SVM", ("validation", "top-1", "top-5", "best on test"), values)
 
 
 # ------------------------------------------------------------------------------------------------------------- the samples
