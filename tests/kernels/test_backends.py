@@ -39,8 +39,8 @@ def measured(monkeypatch):
         ("1536", torch.bfloat16, "torch", "measured to be the fastest"),
         ("192", torch.bfloat16, "torch", "torch.compile of its twin was measured to be faster than the kernel on H"),
         ("96", torch.bfloat16, "torch", "xformers was measured to be faster than the kernel on H"),
-        ("768", torch.bfloat16, "torch", "has not been measured on H"),
-        ("3072", torch.float32, "torch", "has not been measured on H at this shape"),
+        ("768", torch.bfloat16, "torch", "has not timed it against its rivals on H"),
+        ("3072", torch.float32, "torch", "has not timed it against its rivals on H at this shape"),
         ("3072", torch.float64, "torch", "not in float64"),
     ],
 )
@@ -59,7 +59,7 @@ def test_auto_tells_what_it_takes_on_a_gpu(measured, caplog):
     choose("bias_gelu", GPU, torch.float64, "3072")
     assert [record.getMessage() for record in caplog.records if record.name == "xkd_kernels"] == [
         "bias_gelu on H: triton, measured to be the fastest on H",
-        "bias_gelu on H: torch, the kernel has not been measured on H at this shape",
+        "bias_gelu on H: torch, test_kernels.py has not timed it against its rivals on H at this shape",
         "bias_gelu on H: torch, torch.compile of its twin was measured to be faster than the kernel on H",
         "bias_gelu on H: torch, its kernels compute in float32, bfloat16 and float16, not in float64",
     ]
