@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.clip_shards import damage, write_shards
 from tests.data.http_server import serving
-from tests.data.test_pipeline import damage, write_shards
 from tests.distributed import REPOSITORY
 from tests.test_training import environment, rows
 from xkd_fast import cli

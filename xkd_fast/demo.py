@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--processes {args.processes} must be 1 or more")
     config.train.accumulation(args.processes)
     from xkd_fast.analysis.provenance import provenance
-    from xkd_fast.data.decode import require_dali
+    from xkd_fast.data.dali import require_dali
     from xkd_fast.data.rendered import ensure_rendered
     from xkd_fast.engine.checkpoint import Checkpoints
 
@@ -199,7 +199,7 @@ def pictures(config: Config) -> Section:
     import torch
 
     from xkd_fast.analysis.report import reconstruction_section
-    from xkd_fast.data.pipeline import clips
+    from xkd_fast.data.plain_clips import clips
     from xkd_fast.data.shards import ShardSet
     from xkd_fast.evaluate.features import load_model
 

@@ -99,7 +99,7 @@ def train(config: Config) -> None:
     """
     import torch.distributed as dist
 
-    from xkd_fast.data.decode import require_dali
+    from xkd_fast.data.dali import require_dali
     from xkd_fast.engine.launch import launchers_above, run_folder, set_threads, start_deepspeed
 
     launchers = launchers_above()
@@ -118,6 +118,7 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
     import torch.distributed as dist
 
     from xkd_fast.data.pipeline import ViewPipeline
+    from xkd_fast.data.sampler import check_clips_per_file
     from xkd_fast.data.shards import ShardSet
     from xkd_fast.engine.checkpoint import Checkpoints, TrainState
     from xkd_fast.engine.engine import Engine
@@ -136,7 +137,8 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
         raise UserError(
             f"{config.output} holds checkpoints of an earlier run; go on with --resume auto, name another output, or delete it"
         )
-    config.train.accumulation(world_size)  # refuses a batch that does not divide, before hours go into rendering
+    # refuse a batch that does not divide, before hours go into rendering
+    check_clips_per_file(config.data.clips_per_file, config.train.clips_per_pass(world_size))
     model_options, switches = settle(config, world_size)
     if own_device().type == "cpu":
         keep_freed_memory()
@@ -144,7 +146,7 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
 
     stop = StopSignal(launchers)
     shards = ShardSet.open(training_shards(config), remote=config.data.remote, cache=config.data.cache)
-    pipeline = ViewPipeline.from_config(config, shards, dist.get_rank(), world_size)
+    pipeline = ViewPipeline.from_config(config, shards, dist.get_rank(), world_size, own_device())
     schedule = Schedule(config, pipeline.sampler.steps_per_epoch)
     last_step = min(schedule.total_steps, config.train.stop_after_steps or schedule.total_steps)
     with MemoryRecord(Path(config.output), config.log.memory_snapshot, own_device()) as record:
@@ -165,7 +167,7 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
                 engine.prepare(moment)
                 for _ in range(engine.accumulation):
                     views, masks = next(batches)
-                    losses = engine.forward_backward(*copied(views, masks, engine, pipeline, reporter))
+                    losses = engine.forward_backward(views, masks)
                     reporter.add(losses)
                     applied = engine.step()
                 state = state.after_step(applied=applied)
@@ -217,17 +219,6 @@ def timed(batches: Iterator[tuple[Views, MaskNoise]], reporter: Reporter) -> Ite
         yield batch
 
 
-def copied(
-    views: Views, masks: MaskNoise, engine: Engine, pipeline: ViewPipeline, reporter: Reporter
-) -> tuple[Views, MaskNoise]:
-    """A batch on the model's device, with the time that its copying kept the step waiting reported."""
-    start = time.perf_counter()
-    with pipeline.times.of("copy"):
-        batch = views.to(engine.device), masks.to(engine.device)
-    reporter.waited(time.perf_counter() - start)
-    return batch
-
-
 def checked(
     batches: Iterator[tuple[Views, MaskNoise]], engine: Engine, reporter: Reporter
 ) -> Iterator[tuple[Views, MaskNoise]]:
@@ -237,7 +228,7 @@ def checked(
         UserError: they are too far apart.
     """
     views, masks = next(batches)
-    reporter.say(engine.check_teachers(views.to(engine.device)))
+    reporter.say(engine.check_teachers(views))
     yield views, masks
     yield from batches
 
@@ -308,7 +299,8 @@ def describe(
     machine = f"{world_size} × {engine.device.type}, {train.precision}, ZeRO {train.zero_stage}"
     lines = [
         f"{model.variant} ({model.implementation}) on {machine}",
-        f"{len(pipeline.shards)} clips, {train.epochs} epochs × {schedule.steps_per_epoch} steps",
+        epochs_of_files(len(pipeline.shards), config, schedule),
+        *pipeline.describe(),
         f"{train.global_batch} clips per step = {world_size} ranks × {clips} × {accumulation} accumulated",
         *choices,
         f"optimiser: {engine.update_reason}",
@@ -317,6 +309,15 @@ def describe(
     if resumed is not None:
         lines.append(f"resumed from {resumed}")
     return "\n".join(lines)
+
+
+def epochs_of_files(files: int, config: Config, schedule: Schedule) -> str:
+    """How long a run is, in passes over the files, and in clips where there are several of a file."""
+    epochs, repeats = config.train.epochs, config.data.clips_per_file
+    steps = f"{epochs} epochs × {schedule.steps_per_epoch} steps"
+    if repeats == 1:
+        return f"{files} clips, {steps}"
+    return f"{files} files × {repeats} clips, {steps}: as many clips as {epochs * repeats} epochs of one clip a file"
 
 
 if __name__ == "__main__":

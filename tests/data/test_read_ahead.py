@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.clip_shards import DATA, MEL, MODEL, SAMPLES, assert_same, damage, write_shards
 from tests.data.http_server import serving
-from tests.data.test_pipeline import DATA, MEL, MODEL, SAMPLES, assert_same, damage, write_shards
 from tests.data.test_shards import make_sample, write_set
 from xkd_fast.data.http_folder import RemoteOptions
 from xkd_fast.data.pipeline import ViewPipeline

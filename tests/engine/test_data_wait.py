@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.data.clip_shards import make, write_shards
 from tests.data.http_server import Server, serving
-from tests.data.test_pipeline import make, write_shards
 from tests.engine.test_metrics import COST, START, engine_of
 from tests.tiny import random_batch, tiny_options
 from xkd_fast.config import load_config
@@ -21,12 +21,11 @@ from xkd_fast.data.http_folder import RemoteOptions
 from xkd_fast.data.pipeline import ViewPipeline
 from xkd_fast.data.shards import ShardSet
 from xkd_fast.data.stage_times import STAGES, StageTimes
-from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.engine.data_wait import ADVICE, DataWait
 from xkd_fast.engine.reporter import Reporter
 from xkd_fast.engine.schedule import Schedule
 from xkd_fast.reference import XKD
-from xkd_fast.train import copied, timed
+from xkd_fast.train import timed
 
 SLOW = 0.15  # seconds that the slowed stage takes longer per batch
 BATCH = 4  # clips
@@ -58,8 +57,7 @@ def train(pipeline: ViewPipeline, tmp_path: Path, steps: int, step_seconds: floa
     with Reporter(config, engine, START, schedule, COST) as reporter:
         reporter._log.write = rows.append  # type: ignore[method-assign]
         reporter.watch(pipeline.times)
-        for step, batch in enumerate(itertools.islice(timed(pipeline.batches(), reporter), steps), start=1):
-            copied(*batch, engine, pipeline, reporter)
+        for step, _ in enumerate(itertools.islice(timed(pipeline.batches(), reporter), steps), start=1):
             time.sleep(step_seconds)
             reporter.add(losses)
             reporter.end_step(step, schedule.at(0), list, is_last=False)
@@ -80,13 +78,11 @@ def test_the_slow_stage_is_named_once(
     monkeypatch.setattr(server, "delay", 4 * SLOW if stage == "read" else 0.0)  # several at a time
     with make(shards, threads=4, prefetch=1) as pipeline:
         if stage == "decode":
-            pipeline._decoder = slowed(pipeline._decoder)  # type: ignore[assignment]
+            pipeline._maker.decoder = slowed(pipeline._maker.decoder)  # type: ignore[assignment]
         elif stage == "augment":
-            monkeypatch.setattr(pipeline._maker, "fill", slowed(pipeline._maker.fill))
+            monkeypatch.setattr(pipeline._maker, "views", slowed(pipeline._maker.views))
         elif stage == "copy":
-            monkeypatch.setattr(Views, "pin_memory", slowed(lambda views: views))
-            monkeypatch.setattr(MaskNoise, "pin_memory", lambda noise: noise)
-            pipeline.pinned = True
+            monkeypatch.setattr(pipeline._maker, "moved", slowed(pipeline._maker.moved))
         rows = train(pipeline, tmp_path, 8)
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: the step waited")]
     (warning,) = (line for line in warnings if f"the slow stage is {stage}, " in line)  # a busy machine may add another's

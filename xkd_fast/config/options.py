@@ -7,9 +7,9 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from xkd_fast.data.clip_options import ClipOptions, check_against_model
 from xkd_fast.data.http_folder import RemoteOptions
 from xkd_fast.data.log_mel import MelOptions
-from xkd_fast.data.pipeline import ClipOptions, check_against_model
 from xkd_fast.data.shard_cache import CacheOptions
 from xkd_fast.data.storage import shown
 from xkd_fast.data.synthetic import SyntheticOptions

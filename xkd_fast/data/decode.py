@@ -1,36 +1,38 @@
-"""Decoding of stored samples by NVIDIA DALI on the CPU: only the clip's own frames, and the sound."""
+"""Decoding of stored samples by NVIDIA DALI: only the clip's own frames, on the CPU or by a GPU's engines, and the sound."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xkd_fast.data.dali import CPU, HandFed, encoded_input, number_input, numbers, placed, reason_of, sound_output
 from xkd_fast.data.packed import PackedError
-from xkd_fast.data.video_codecs import CPU_CODECS
+from xkd_fast.data.video_codecs import CODECS, CPU_CODECS
 from xkd_fast.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from xkd_fast.data.unpack import Unpacker
 
 FAILURES = (RuntimeError, PackedError, MemoryError)  # of a batch with a sample that cannot be decoded; or is said to be huge
+ENGINE_SHARE = 0.65  # of JPEGs that a GPU's engine decodes, the rest its other cores: DALI's default
 
 
 def require_cpu_codec(codec: str, name: str) -> None:
-    """Refuse shards whose video DALI cannot decode on the CPU.
+    """Refuse video that DALI cannot decode on the CPU.
 
     Raises:
         UserError: naming the codec and what to do.
     """
     if codec not in CPU_CODECS:
         raise UserError(
-            f"{name} holds {codec} video, which DALI cannot decode on the CPU (a GPU could, which is not built in yet); "
+            f"{name} holds {codec} video, which DALI cannot decode on the CPU; decode it on a GPU (data.decode=gpu), or "
             f"prepare the shards with --codec {CPU_CODECS[0]} (or {', '.join(CPU_CODECS[1:])})"
         )
 
@@ -50,8 +52,8 @@ class DecodeRequest:
 class DecodedClip:
     """Frames and sound of one request."""
 
-    frames: Tensor  # [T, H, W, 3] uint8, red, green, blue
-    waveform: Tensor  # [samples] float32 in [-1, 1], of the whole file
+    frames: Tensor  # [T, H, W, 3] uint8, red, green, blue; where they were decoded
+    waveform: Tensor  # [samples] float32 in [-1, 1], of the whole file, in the host's memory
 
 
 class UndecodableError(Exception):
@@ -62,96 +64,69 @@ class UndecodableError(Exception):
         self.reasons = reasons
 
 
-def reason_of(error: BaseException) -> str:
-    """What DALI says was wrong, without where its operator stands."""
-    # DALI's message ends with the cause after this word; the rest is where the operator stands in our source
-    text = str(error).rsplit("encountered:", 1)[-1].strip()
-    return " ".join(text.split("C++ context")[0].split())[:300]
-
-
-def require_dali() -> None:
-    """Make sure that DALI is there, best before hours go into data.
-
-    Raises:
-        UserError: saying what to install.
-    """
-    try:
-        importlib.import_module("nvidia.dali.pipeline")
-    except ImportError as error:
-        raise UserError(
-            "NVIDIA DALI, which decodes the shards, is not installed; install xkd-fast[cuda13] (on a machine without a GPU "
-            f"too) or xkd-fast[cuda12] ({error})"
-        ) from error
-
-
 class ClipDecoder:
-    """A DALI pipeline fed by hand, batch by batch, of any size up to ``batch_size``.
+    """Decodes batches of any size up to ``batch_size``, when called, in the caller's thread; see `HandFed`.
 
-    It runs when called, in the caller's thread (other Python threads go on meanwhile), so nothing is in flight between calls.
+    The same on every device, but for who decodes: FFmpeg and libjpeg-turbo on a CPU; on a GPU NVDEC and nvJPEG.
 
     Args:
         batch_size: requests of a call, at most.
         threads: that decode.
-        codec: of all videos, one of `CPU_CODECS`.
+        codec: of all videos.
+        device: where pictures are decoded; their frames stay there.
+        engine_share: of JPEGs, 0-1, that go to a GPU's JPEG engine where it has one.
 
     Raises:
         UserError: DALI is not installed, or cannot decode the codec on the CPU.
     """
 
-    def __init__(self, batch_size: int, threads: int, codec: str = "mjpeg") -> None:
-        require_cpu_codec(codec, "the request")
+    def __init__(
+        self,
+        batch_size: int,
+        threads: int,
+        codec: str = "mjpeg",
+        device: torch.device = CPU,
+        engine_share: float = ENGINE_SHARE,
+    ) -> None:
+        if device.type == "cpu":
+            require_cpu_codec(codec, "the request")
         self.batch_size = batch_size
         self.threads = threads
         self.codec = codec
+        self.device = device
+        self.engine_share = engine_share
         self._build()
 
     def _build(self) -> None:
-        require_dali()
-        from xkd_fast.data.unpack import MosaicUnpacker, YuvUnpacker
+        from xkd_fast.data.unpack import JpegUnpacker, YuvUnpacker
 
         self._unpack: Unpacker | None = None
-        if self.codec == "mosaic":
-            self._unpack = MosaicUnpacker(self.batch_size, self.threads)
+        if CODECS[self.codec].engine == "nvJPEG":
+            self._unpack = JpegUnpacker(self.batch_size, self.threads, self.codec, self.device, self.engine_share)
         elif self.codec == "yuv":
             self._unpack = YuvUnpacker(self.threads)
-        self._pipeline = self._build_pipeline()
+        self._pipeline = HandFed(self._outputs, self.batch_size, self.threads, self.device)
 
-    def _build_pipeline(self) -> Any:
+    def _outputs(self) -> list[Any]:
         """Sound, and frames where they come as a video stream."""
-        from nvidia.dali import fn, types
-        from nvidia.dali.pipeline import Pipeline
+        from nvidia.dali import fn
 
-        pipeline = Pipeline(
-            batch_size=self.batch_size, num_threads=self.threads, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
-        )
-        with pipeline:
-            audio = fn.external_source(name="audio", ndim=1, dtype=types.DALIDataType.UINT8)
-            waveform, _ = fn.decoders.audio(audio, downmix=True, dtype=types.DALIDataType.FLOAT)
-            outputs = [waveform]
-            if self._unpack is None:
-                video = fn.external_source(name="video", ndim=1, dtype=types.DALIDataType.UINT8)
-                start = fn.external_source(name="start", ndim=0, dtype=types.DALIDataType.INT32)
-                count = fn.external_source(name="frames", ndim=0, dtype=types.DALIDataType.INT32)
-                outputs.append(fn.decoders.video(video, start_frame=start, sequence_length=count, pad_mode="none"))
-            pipeline.set_outputs(*outputs)
-        pipeline.build()
-        return pipeline
+        if self._unpack is not None:
+            return [sound_output()]
+        part = {"start_frame": number_input("start"), "sequence_length": number_input("frames"), "pad_mode": "none"}
+        return [sound_output(), fn.decoders.video(encoded_input("video"), **part, **placed(self.device))]
 
     def _run(self, requests: Sequence[DecodeRequest]) -> list[DecodedClip]:
-        feed = self._pipeline.feed_input
-        # DLPack shares DALI's memory, without a copy, and keeps it until the tensor is gone
+        inputs: dict[str, list[NDArray[Any]]] = {"audio": [request.audio for request in requests]}
         if self._unpack is not None:
             videos = self._unpack(requests)
-            feed("audio", [request.audio for request in requests])
-            (waveforms,) = self._pipeline.run()
+            (waveforms,) = self._pipeline(inputs)
         else:
-            feed("audio", [request.audio for request in requests])
-            feed("video", [request.video for request in requests])
-            feed("start", [np.array(request.start, np.int32) for request in requests])
-            feed("frames", [np.array(request.frames, np.int32) for request in requests])
-            waveforms, streams = self._pipeline.run()
-            videos = [torch.from_dlpack(streams[place]) for place in range(len(requests))]
-        return [DecodedClip(frames, torch.from_dlpack(waveforms[place])) for place, frames in enumerate(videos)]
+            inputs["video"] = [request.video for request in requests]
+            inputs["start"] = [*numbers([request.start for request in requests])]
+            inputs["frames"] = [*numbers([request.frames for request in requests])]
+            waveforms, videos = self._pipeline(inputs)
+        return [DecodedClip(frames, waveform) for frames, waveform in zip(videos, waveforms, strict=True)]
 
     def __call__(self, requests: Sequence[DecodeRequest]) -> list[DecodedClip]:
         """Decode a batch.

@@ -6,17 +6,17 @@ import functools
 import io
 import wave
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xkd_fast.data.decode import DecodedClip, DecodeRequest, UndecodableError, reason_of, require_dali
+from xkd_fast.data.dali import HandFed, reason_of, sound_output
+from xkd_fast.data.decode import DecodedClip, DecodeRequest, UndecodableError
 
 
 class SoundDecoder:
-    """A DALI pipeline of sound alone, fed by hand as `xkd_fast.data.decode.ClipDecoder` is.
+    """Decodes sound alone, as `xkd_fast.data.decode.ClipDecoder` does both.
 
     Raises:
         UserError: DALI is not installed.
@@ -24,29 +24,16 @@ class SoundDecoder:
 
     def __init__(self, batch_size: int, threads: int) -> None:
         self.batch_size, self.threads = batch_size, threads
-        self._pipeline = self._build()
+        self._build()
 
-    def _build(self) -> Any:
-        require_dali()
-        from nvidia.dali import fn, types
-        from nvidia.dali.pipeline import Pipeline
-
-        pipeline = Pipeline(
-            batch_size=self.batch_size, num_threads=self.threads, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
-        )
-        with pipeline:
-            audio = fn.external_source(name="audio", ndim=1, dtype=types.DALIDataType.UINT8)
-            waveform, _ = fn.decoders.audio(audio, downmix=True, dtype=types.DALIDataType.FLOAT)
-            pipeline.set_outputs(waveform)
-        pipeline.build()
-        return pipeline
+    def _build(self) -> None:
+        self._pipeline = HandFed(lambda: [sound_output()], self.batch_size, self.threads)
 
     def _run(self, requests: Sequence[DecodeRequest]) -> list[DecodedClip]:
-        self._pipeline.feed_input("audio", [request.audio for request in requests])
-        (waveforms,) = self._pipeline.run()
+        (waveforms,) = self._pipeline({"audio": [request.audio for request in requests]})
         return [
-            DecodedClip(torch.empty(request.frames, 0, 0, 3, dtype=torch.uint8), torch.from_dlpack(waveforms[place]))
-            for place, request in enumerate(requests)
+            DecodedClip(torch.empty(request.frames, 0, 0, 3, dtype=torch.uint8), waveform)
+            for request, waveform in zip(requests, waveforms, strict=True)
         ]
 
     def __call__(self, requests: Sequence[DecodeRequest]) -> list[DecodedClip]:
@@ -58,14 +45,14 @@ class SoundDecoder:
         try:
             return self._run(requests)
         except RuntimeError:
-            self._pipeline = self._build()  # a failed pipeline makes no promises
+            self._build()  # a failed pipeline makes no promises
         clips, reasons = [], {}
         for place, request in enumerate(requests):
             try:
                 clips += self._run([request])
             except RuntimeError as error:
                 reasons[place] = reason_of(error)
-                self._pipeline = self._build()
+                self._build()
         if reasons:
             raise UndecodableError(reasons)
         return clips

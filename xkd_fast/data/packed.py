@@ -50,9 +50,9 @@ class PackedError(ValueError):
     """A file that is not what its format promises."""
 
 
-def aligned(side: int) -> int:
+def aligned(side: int, block: int = BLOCK) -> int:
     """A side of the tile that holds a frame's side, pixels."""
-    return -(-side // BLOCK) * BLOCK
+    return -(-side // block) * block
 
 
 def mosaic_grid(height: int, width: int, fps: float) -> tuple[int, int]:
@@ -74,6 +74,12 @@ class Mosaic:
     columns: int
     rows: int
     jpegs: Sequence[NDArray[np.uint8]]  # the bytes of each
+    block: int = BLOCK  # pixels, of which a tile's sides are multiples
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Height and width of a tile, pixels."""
+        return aligned(self.height, self.block), aligned(self.width, self.block)
 
     @property
     def tiles(self) -> int:
@@ -83,7 +89,7 @@ class Mosaic:
     def size(self, jpeg: int) -> tuple[int, int]:
         """Height and width of a JPEG, pixels."""
         held = min(self.tiles, self.frames - jpeg * self.tiles)
-        return -(-held // self.columns) * aligned(self.height), self.columns * aligned(self.width)
+        return -(-held // self.columns) * self.tile[0], self.columns * self.tile[1]
 
     def holding(self, start: int, count: int) -> range:
         """Numbers of the JPEGs that hold ``count`` frames from ``start`` on, as far as there are any."""

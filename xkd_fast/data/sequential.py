@@ -65,15 +65,15 @@ def shuffled(stream: NDArray[np.int64], buffer: int, words: NDArray[np.uint64]) 
 class Stretch:
     """One rank's part of an epoch."""
 
-    stream: NDArray[np.int64]  # [clips of the rank] samples, as they are read
-    order: NDArray[np.int64]  # [clips of the rank] the same samples, as they are used
+    stream: NDArray[np.int64]  # [samples of the rank] as they are read
+    order: NDArray[np.int64]  # [samples of the rank] as they are used
 
 
 @lru_cache(maxsize=4)
 def _stretch(sampler: SequentialSampler, epoch: int) -> Stretch:
-    clips = sampler.steps_per_epoch * sampler.clips_per_step
-    stream = epoch_stream(sampler.seed, epoch, sampler.shard_sizes)[sampler.rank * clips :][:clips]
-    words = random_words(sampler.seed, epoch, sampler.rank, Purpose.BUFFER, clips)
+    count = sampler.steps_per_epoch * sampler.own_files_per_step
+    stream = epoch_stream(sampler.seed, epoch, sampler.shard_sizes)[sampler.rank * count :][:count]
+    words = random_words(sampler.seed, epoch, sampler.rank, Purpose.BUFFER, count)
     order = shuffled(stream, sampler.buffer, words)
     order.setflags(write=False)
     return Stretch(stream, order)
@@ -97,23 +97,23 @@ class SequentialSampler(Sampler):
             raise UserError(f"data.shuffle_buffer = {self.buffer} must be 1 or more")
 
     @property
-    def clips_per_step(self) -> int:
-        """Clips of this rank per optimiser step."""
-        return self.micro_batch * self.accumulation
+    def own_files_per_step(self) -> int:
+        """Samples that this rank reads per optimiser step."""
+        return self.files_per_batch * self.accumulation
 
     def stretch(self, epoch: int) -> Stretch:
         """This rank's part of an epoch."""
         return _stretch(self, epoch)
 
-    def ids(self, epoch: int, step: int, micro: int = 0) -> NDArray[np.int64]:
-        """Sample numbers of this rank's micro-batch, [micro_batch] int64; see `Sampler.ids`."""
+    def files(self, epoch: int, step: int, micro: int = 0) -> NDArray[np.int64]:
+        """Sample numbers that this rank reads for its micro-batch, [files_per_batch] int64; see `Sampler.files`."""
         self.check_place(epoch, step, micro)
-        start = step * self.clips_per_step + micro * self.micro_batch
-        return self.stretch(epoch).order[start : start + self.micro_batch]
+        start = step * self.own_files_per_step + micro * self.files_per_batch
+        return self.stretch(epoch).order[start : start + self.files_per_batch]
 
     def reading(self, epoch: int, step: int) -> Iterator[tuple[int, int, int]]:
         """As `Sampler.reading`, but front to back in each shard. Samples used before ``step`` are left out."""
-        done = step * self.clips_per_step
+        done = step * self.own_files_per_step
         before = -done  # places of the first epoch begin in the past
         while True:
             stretch = self.stretch(epoch)

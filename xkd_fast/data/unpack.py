@@ -1,8 +1,8 @@
-"""Frames out of the codecs that are no video streams: mosaics by DALI's JPEG decoder, raw planes by swscale."""
+"""Frames out of the codecs that are decoded picture by picture: JPEGs by DALI, raw planes by swscale."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,13 +13,17 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xkd_fast.data.avi import parse_avi
+from xkd_fast.data.dali import CPU, HandFed, encoded_input, placed
 from xkd_fast.data.encode import FULL_RANGE, SCALING
-from xkd_fast.data.packed import Mosaic, PackedError, aligned, parse_mosaic, parse_yuv
+from xkd_fast.data.jpeg_header import jpeg_size
+from xkd_fast.data.packed import Mosaic, PackedError, parse_mosaic, parse_yuv
 
 if TYPE_CHECKING:
     from xkd_fast.data.decode import DecodeRequest
 
-JPEGS_PER_CLIP = 8  # that one run of the decoder takes, at most, times the batch size
+JPEGS_PER_CLIP = {"mosaic": 8, "mjpeg": 32}  # that one run of the decoder takes, at most, times the batch size
+PARSERS: dict[str, Callable[[NDArray[np.uint8]], Mosaic]] = {"mosaic": parse_mosaic, "mjpeg": parse_avi}
 
 
 class Unpacker(Protocol):
@@ -33,54 +37,81 @@ class Unpacker(Protocol):
     def __call__(self, requests: Sequence[DecodeRequest]) -> list[Tensor]: ...
 
 
-class MosaicUnpacker:
-    """Decodes the JPEGs that hold wanted frames, those of the whole batch together, and cuts them apart."""
+class JpegUnpacker:
+    """Decodes the JPEGs that hold wanted frames, those of the whole batch together, and cuts them apart.
 
-    def __init__(self, batch_size: int, threads: int) -> None:
-        from nvidia.dali import fn, types
-        from nvidia.dali.pipeline import Pipeline
+    Args:
+        batch_size: requests of a call, at most.
+        threads: that decode.
+        codec: ``mosaic``, or ``mjpeg``: one frame a JPEG.
+        device: where JPEGs are decoded and frames lie then.
+        engine_share: of JPEGs, 0-1, that go to a GPU's JPEG engine where it has one.
+    """
 
-        self._at_once = JPEGS_PER_CLIP * batch_size
-        self._pipeline: Any = Pipeline(
-            batch_size=self._at_once, num_threads=threads, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
-        )
-        with self._pipeline:
-            jpegs = fn.external_source(name="jpegs", ndim=1, dtype=types.DALIDataType.UINT8)
-            self._pipeline.set_outputs(fn.decoders.image(jpegs, adjust_orientation=False))
-        self._pipeline.build()
+    def __init__(
+        self, batch_size: int, threads: int, codec: str = "mosaic", device: torch.device = CPU, engine_share: float = 1.0
+    ) -> None:
+        self._parse, self._device, self._engine_share = PARSERS[codec], device, engine_share
+        self._at_once = JPEGS_PER_CLIP[codec] * batch_size
+        self._pipeline = HandFed(self._outputs, self._at_once, threads, device)
+
+    def _outputs(self) -> list[Any]:
+        from nvidia.dali import fn
+
+        # chroma is interpolated as libjpeg-turbo does it, so that GPU and CPU give the same pixels but for rounding
+        how: dict[str, Any] = {
+            "adjust_orientation": False,
+            "jpeg_fancy_upsampling": True,
+            "hw_decoder_load": self._engine_share,
+        }
+        return [fn.decoders.image(encoded_input("jpegs"), **how, **placed(self._device))]
 
     def __call__(self, requests: Sequence[DecodeRequest]) -> list[Tensor]:
-        mosaics = [parse_mosaic(request.video) for request in requests]
+        mosaics = [self._parse(request.video) for request in requests]
         both = list(zip(mosaics, requests, strict=True))
         ranges = [mosaic.holding(request.start, request.frames) for mosaic, request in both]
         places = [(place, jpeg) for place, numbers in enumerate(ranges) for jpeg in numbers]
-        clips = [
-            np.empty((max(0, min(request.frames, mosaic.frames - request.start)), mosaic.height, mosaic.width, 3), np.uint8)
+        sizes = [
+            (max(0, min(request.frames, mosaic.frames - request.start)), mosaic.height, mosaic.width, 3)
             for mosaic, request in both
         ]
+        clips = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
+        for place, jpeg in places:
+            _check(mosaics[place], jpeg)
+        targets = [_pixels(clip) for clip in clips]
         for first in range(0, len(places), self._at_once):
             some = places[first : first + self._at_once]
-            self._pipeline.feed_input("jpegs", [mosaics[place].jpegs[jpeg] for place, jpeg in some])
-            (pictures,) = self._pipeline.run()
-            for number, (place, jpeg) in enumerate(some):
-                _cut(torch.from_dlpack(pictures[number]).numpy(), mosaics[place], jpeg, requests[place].start, clips[place])
-        return [torch.from_numpy(clip) for clip in clips]
+            (pictures,) = self._pipeline({"jpegs": [mosaics[place].jpegs[jpeg] for place, jpeg in some]})
+            for picture, (place, jpeg) in zip(pictures, some, strict=True):
+                _cut(_pixels(picture), mosaics[place], jpeg, requests[place].start, targets[place])
+        return clips
 
 
-def _cut(picture: NDArray[np.uint8], mosaic: Mosaic, jpeg: int, start: int, clip: NDArray[np.uint8]) -> None:
-    """Copy what a decoded JPEG [h, w, 3] holds of a clip [T, H, W, 3] that begins at frame ``start``.
+def _pixels(picture: Tensor) -> Any:
+    """The same memory to copy pixels from and to: a NumPy array on a CPU, where PyTorch would wake its threads for every frame,
+    which on busy processors took a hundred times as long; a tensor on a GPU."""
+    return picture.numpy() if picture.device.type == "cpu" else picture
 
-    By numpy: PyTorch would wake its threads for every frame, which on busy processors took a hundred times as long.
-    """
-    size = mosaic.size(jpeg)
-    if picture.shape != (*size, 3):
-        raise PackedError(f"JPEG {jpeg} has {list(picture.shape)} numbers, where the header promises {[*size, 3]}")
-    height, width = aligned(mosaic.height), aligned(mosaic.width)
+
+def _check(mosaic: Mosaic, jpeg: int) -> None:
+    height, width = jpeg_size(mosaic.jpegs[jpeg].tobytes())
+    if (height, width) != mosaic.size(jpeg):
+        promised = " × ".join(map(str, mosaic.size(jpeg)))
+        raise PackedError(f"JPEG {jpeg} has {height} × {width} pixels, where the file's header promises {promised}")
+
+
+def _cut(picture: Any, mosaic: Mosaic, jpeg: int, start: int, clip: Any) -> None:
+    """Copy what a decoded JPEG [h, w, 3] holds of a clip [T, H, W, 3] that begins at frame ``start``; arrays or tensors."""
+    height, width = mosaic.tile
     tiles = picture.reshape(-1, height, mosaic.columns, width, 3).swapaxes(1, 2)  # [rows, columns, height, width, 3]
+    tiles = tiles[:, :, : mosaic.height, : mosaic.width]
     begin = jpeg * mosaic.tiles
-    for frame in range(max(start, begin), min(start + len(clip), begin + mosaic.tiles)):
+    frame, end = max(start, begin), min(start + len(clip), begin + mosaic.tiles)
+    while frame < end:  # a row of tiles at a time
         row, column = divmod(frame - begin, mosaic.columns)
-        clip[frame - start] = tiles[row, column, : mosaic.height, : mosaic.width]
+        count = min(mosaic.columns - column, end - frame)
+        clip[frame - start : frame - start + count] = tiles[row, column : column + count]
+        frame += count
 
 
 class YuvUnpacker:

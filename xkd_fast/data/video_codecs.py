@@ -13,18 +13,19 @@ class Codec:
     suffix: str  # of KEY.<suffix> in a shard
     quality: tuple[int, int, int] | None  # best, worst and default of the encoder's scale; None where nothing is lost to it
     on_cpu: bool  # whether the frames can be decoded without a GPU
+    engine: Literal["NVDEC", "nvJPEG"] | None  # of a GPU, which decodes them there; None where there is nothing for one to do
 
 
 CODECS: dict[str, Codec] = {
-    "mjpeg": Codec("avi", (2, 31, 4), on_cpu=True),
-    "h264": Codec("mp4", (0, 51, 23), on_cpu=False),
-    "vp9": Codec("webm", (0, 63, 28), on_cpu=True),
-    "mosaic": Codec("mosaic", (2, 31, 4), on_cpu=True),
-    "yuv": Codec("yuv", None, on_cpu=True),
+    "mjpeg": Codec("avi", (2, 31, 4), on_cpu=True, engine="nvJPEG"),
+    "h264": Codec("mp4", (0, 51, 23), on_cpu=False, engine="NVDEC"),
+    "vp9": Codec("webm", (0, 63, 28), on_cpu=True, engine="NVDEC"),
+    "mosaic": Codec("mosaic", (2, 31, 4), on_cpu=True, engine="nvJPEG"),
+    "yuv": Codec("yuv", None, on_cpu=True, engine=None),
 }
 AUTO: Literal["mosaic"] = "mosaic"
 AUTO_REASON = (
-    "which a CPU decodes faster than mjpeg and a GPU's JPEG engine would in few calls (no decoding on GPUs is measured yet)"
+    "which a CPU decodes faster than mjpeg and a GPU's JPEG engine in fewer calls (no decoding on GPUs is measured yet)"
 )
 CPU_CODECS = tuple(name for name, codec in CODECS.items() if codec.on_cpu)
 

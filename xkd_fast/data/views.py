@@ -144,10 +144,6 @@ class Views:
         """The batch on ``device``; asynchronous from pinned memory."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Views:
-        """The batch in page-locked host memory."""
-        return self.map(lambda tensor: tensor.pin_memory())
-
 
 @dataclass
 class MaskNoise:
@@ -156,13 +152,13 @@ class MaskNoise:
     video: Tensor  # [B, video tokens], in [0, 1)
     audio: Tensor  # [B, audio tokens], in [0, 1)
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> MaskNoise:
+        """The same noise with ``function`` applied to both tensors."""
+        return MaskNoise(function(self.video), function(self.audio))
+
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> MaskNoise:
         """The noise on ``device``; asynchronous from pinned memory."""
-        return MaskNoise(self.video.to(device, non_blocking=non_blocking), self.audio.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> MaskNoise:
-        """The noise in page-locked host memory."""
-        return MaskNoise(self.video.pin_memory(), self.audio.pin_memory())
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
 @dataclass(frozen=True)

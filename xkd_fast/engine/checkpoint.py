@@ -49,6 +49,7 @@ class TrainState:
     world_size: int
     zero_stage: int
     skipped: int = 0  # steps not taken because gradients overflowed; their clips are spent
+    clips_per_file: int = 1  # drawn from a sample when it comes
 
     @property
     def batches(self) -> int:
@@ -58,13 +59,14 @@ class TrainState:
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch."""
-        return self.samples // self.global_batch
+        return self.samples // (self.global_batch // self.clips_per_file)
 
     @classmethod
     def start(cls, config: Config, shards: ShardSet, *, world_size: int) -> TrainState:
         """A run before its first step."""
         train = config.train
-        return cls(0, config.seed, len(shards), shards.crc32, train.global_batch, world_size, train.zero_stage)
+        place = (len(shards), shards.crc32, train.global_batch, world_size, train.zero_stage)
+        return cls(0, config.seed, *place, clips_per_file=config.data.clips_per_file)
 
     def after_step(self, *, applied: bool = True) -> TrainState:
         """The state one global batch later, from which a step was taken or, if not ``applied``, was not."""
@@ -294,6 +296,7 @@ FREE_OPTIONS = frozenset(
         "train.stop_after_steps",
         "data.threads",
         "data.prefetch",
+        "data.decode",
         "data.demo",
         "data.train",
         "data.on_corrupt",
@@ -304,7 +307,7 @@ FREE_OPTIONS = frozenset(
 
 
 # What checkpoints from before an option existed were trained with.
-EARLIER: dict[str, Any] = {"data.order": "random", "data.shuffle_buffer": 2048}
+EARLIER: dict[str, Any] = {"data.order": "random", "data.shuffle_buffer": 2048, "data.clips_per_file": 1}
 
 
 def flat_options(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -26,7 +26,7 @@ from xkd_fast.objective.losses import Losses
 
 if TYPE_CHECKING:
     from xkd_fast.config import Config
-    from xkd_fast.data.pipeline import DamagedSample
+    from xkd_fast.data.fetch import DamagedSample
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from xkd_fast.config import Config, load_config
-from xkd_fast.data.pipeline import ClipBatch
+from xkd_fast.data.plain_clips import ClipBatch
 from xkd_fast.engine.checkpoint import Checkpoints
 from xkd_fast.errors import UserError
 from xkd_fast.model.build import build_model

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from xkd_fast.data.pipeline import clips
+from xkd_fast.data.plain_clips import clips
 from xkd_fast.data.storage import shown
 from xkd_fast.errors import UserError
 from xkd_fast.evaluate.features import ClipFeatures, TrainedModel, extract_features, load_model
