@@ -41,8 +41,10 @@ from benchmarks.originals import Reader, dali_refusal, read_by_pyav, torchcodec_
 from benchmarks.plain_loader import PlainDataset, plain_loader
 from xkd_fast.config import Config, load_config
 from xkd_fast.data.augment import ViewMaker
+from xkd_fast.data.clip_options import view_shape
 from xkd_fast.data.decode import DecodedClip
-from xkd_fast.data.pipeline import ViewPipeline, clip_shape, cut_clip, encoded_request, view_shape
+from xkd_fast.data.fetch import clip_shape, cut_clip, encoded_request
+from xkd_fast.data.pipeline import ViewPipeline
 from xkd_fast.data.prefetch import single_threaded_pool
 from xkd_fast.data.prepare import PrepareOptions, prepare, processors
 from xkd_fast.data.sampler import clip_draw
@@ -92,12 +94,13 @@ class FromShards:
         """Read and decode alone."""
         self.epoch += 1
         ids = self.pipeline.sampler.ids(self.epoch, 0, 0).tolist()
-        return self.pipeline._fetch(self.epoch, ids)[2]
+        maker = self.pipeline._maker
+        return [clip.decoded for clip in self.pipeline._fetcher(self.epoch, ids, maker.decoder, maker.pool)]
 
     def stages(self, rounds: int) -> dict[str, float]:
         """Processor seconds a clip of every stage, each over a whole batch; medians."""
         shape, found = self.pipeline.shape, list[dict[str, float]]()
-        maker = self.pipeline._maker
+        maker = self.pipeline._maker.maker
         for epoch in range(rounds + 1):
             taken: dict[str, float] = {}
             samples = range(self.pipeline.sampler.micro_batch)
@@ -112,7 +115,7 @@ class FromShards:
             with Stage("read", taken):
                 requests = [read(number) for number in samples]
             with Stage("decode", taken):
-                clips = self.pipeline._decoder(requests)
+                clips = self.pipeline._maker.decoder(requests)
             views = maker.empty(len(clips))
             cut = [cut_clip(clip, draw.start_sample, shape) for clip, draw in zip(clips, draws, strict=True)]
             for name in ("pictures", "sound"):
@@ -339,7 +342,7 @@ def check(contestants: dict[str, Any], loader: ByLoader, config: Config) -> None
             samples = range(len(each.shards))
             sample = next(n for n in samples if each.shards.details(n)["source"].endswith(files.paths[0].name))
             count = min(shape.video.frames, int(each.shards.frames[sample]))
-            (decoded,) = each.pipeline._decoder([encoded_request(each.shards, sample, draw.start_frame, count)])
+            (decoded,) = each.pipeline._maker.decoder([encoded_request(each.shards, sample, draw.start_frame, count)])
             frames, sound = cut_clip(decoded, draw.start_sample, shape)
         else:
             frames, sound = each.clip(0, 0)

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from tests.data.media import Sound, bursts, noise, numbered, write_video
 from tests.evaluate.tiny_run import tiny_config, trained_model, write_checkpoint
-from xkd_fast.data.pipeline import ViewPipeline, clips
+from xkd_fast.data.pipeline import ViewPipeline
+from xkd_fast.data.plain_clips import clips
 from xkd_fast.data.prepare import PrepareOptions, PrepareReport, prepare
 from xkd_fast.data.shards import MANIFEST, ShardSet, index_path
 from xkd_fast.data.sources import read_list

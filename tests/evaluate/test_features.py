@@ -8,7 +8,7 @@ import torch
 
 from tests.evaluate.tiny_run import tiny_config, trained_model, write_checkpoint
 from tests.tiny import part_of, random_batch, tiny_options
-from xkd_fast.data.pipeline import ClipBatch
+from xkd_fast.data.plain_clips import ClipBatch
 from xkd_fast.errors import UserError
 from xkd_fast.evaluate.features import ClipFeatures, extract_features, find_model_file, load_model, normalise
 from xkd_fast.model.build import build_model

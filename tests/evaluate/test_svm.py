@@ -15,7 +15,7 @@ from sklearn.svm import LinearSVC
 from tests.data.http_server import serving
 from tests.evaluate.tiny_run import CLIPS_PER_CLASS
 from xkd_fast.cli import main
-from xkd_fast.data.pipeline import clips
+from xkd_fast.data.plain_clips import clips
 from xkd_fast.data.shards import ShardSet
 from xkd_fast.errors import UserError
 from xkd_fast.evaluate.features import ClipFeatures, load_model
