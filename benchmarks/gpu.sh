@@ -5,6 +5,7 @@
 #   bash benchmarks/gpu.sh            on a GPU: the base model at 32 and 128 clips, then single kernels
 #   bash benchmarks/gpu.sh --kernels  on a GPU: single kernels, optimiser, attention and objectives alone
 #   bash benchmarks/gpu.sh --tune     on a GPU: single kernels alone, after a search for faster launches of each
+#   bash benchmarks/gpu.sh --data     on a GPU: decoding by its engines alone: tests, threads, and steps fed from shards (needs DALI)
 #   bash benchmarks/gpu.sh --ablate   on a GPU: the step without one technique at a time alone, at 32 and 128 clips
 #   bash benchmarks/gpu.sh --smoke    anywhere: tiny sizes, benchmarks/results stays as it is; also what happens without a GPU
 #
@@ -18,8 +19,8 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 python=${PYTHON:-python3}
 begun=$(date +%s)
 
-if [[ $# -gt 1 || ! "${1:---smoke}" =~ ^--(smoke|kernels|tune|ablate)$ ]]; then
-    echo "error: unknown arguments $*; it takes --smoke, --kernels, --tune or --ablate" >&2
+if [[ $# -gt 1 || ! "${1:---smoke}" =~ ^--(smoke|kernels|tune|ablate|data)$ ]]; then
+    echo "error: unknown arguments $*; it takes --smoke, --kernels, --tune, --data or --ablate" >&2
     exit 2
 fi
 if [[ ! "${XKD_BENCHMARK_SECONDS:-0}" =~ ^[0-9]+$ ]]; then
@@ -42,6 +43,7 @@ else
     case "${1:-}" in
         --tune) tests=(tests/kernels tests/model/test_kernels.py) ;;
         --kernels | --ablate) tests=(tests/model/test_fast_model.py) ;;
+        --data) tests=(tests/data/test_gpu_data.py tests/data/test_decode.py) ;;
         *) tests=(tests/kernels tests/model/test_kernels.py "${tests[@]}") ;; # the kernels first
     esac
     tests+=(--ignore=tests/kernels/test_{resources,native}.py) # which compile for GPUs that are not here
@@ -88,6 +90,8 @@ if [[ "${1:-}" == --tune ]]; then
     XKD_BENCHMARK_TUNE=1 bench benchmarks/test_kernels.py
 elif [[ "${1:-}" == --ablate && ${#flags[@]} -gt 0 ]]; then
     bench benchmarks/test_ablation.py
+elif [[ "${1:-}" == --data && ${#flags[@]} -gt 0 ]]; then
+    bench benchmarks/test_feeding.py
 elif [[ "${1:-}" == --kernels && ${#flags[@]} -gt 0 ]]; then
     bench "${kernels[@]}"
 else

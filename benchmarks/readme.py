@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.race import Row, untimed
-from benchmarks.readme_data import choice_paragraph, data_paragraph, prepare_paragraph
+from benchmarks.readme_data import choice_paragraph, data_paragraph, feeding_paragraph, prepare_paragraph
 from xkd_fast.analysis.flops import PARTS, savings, step_flops, total
 from xkd_fast.model.options import ModelOptions
 
@@ -269,6 +269,7 @@ PARAGRAPHS = {
     "choice": choice_paragraph,
     "codecs": codecs_paragraph,
     "data": data_paragraph,
+    "feeding": feeding_paragraph,
     "prepare": prepare_paragraph,
     "seeds": seeds_paragraph,
     "flops": flops_paragraph,

@@ -109,6 +109,44 @@ def data_paragraph() -> str:
     return "\n".join(lines[:-1])
 
 
+def feeding_paragraph() -> str:
+    """Steps from shards beside steps on the same views."""
+    found = results("feeding")
+    if not found:
+        return "Not measured yet."
+    lines = [
+        "Whole training steps fed from shards, and fed with the same views again and again, stretches in turns in one process",
+        "(`benchmarks/results/feeding_*.json`; medians, ratios with their range over stretches):",
+        "",
+        "| model | on | shards, decoded by | clips a step | from shards, clips/s "
+        "| the same views, clips/s | ratio | waiting for data |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in found:
+        for row in result["rows"]:
+            ratio, fed, same, share = (
+                row[key]
+                for key in (
+                    "shards_against_synthetic",
+                    "shards_clips_per_second",
+                    "synthetic_clips_per_second",
+                    "data_wait_share",
+                )
+            )
+            cells = [
+                f"{row['config']}, {row['precision']}",
+                result["device"],
+                f"{row['codec']}, the {row['decode'].upper()}",
+                str(row["clips"]),
+                f"{fed['median']:.3g}",
+                f"{same['median']:.3g}",
+                f"{ratio['median']:.3f} ({ratio['min']:.3f}-{ratio['max']:.3f})",
+                f"{share['median']:.1%}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _version(told: str) -> str:
     return told.removeprefix("By torchcodec ").rstrip(".")
 

@@ -12,7 +12,8 @@ from xkd_fast.data.stage_times import STAGES, Stage, StageTimes
 ADVICE: dict[Stage, str] = {
     "read": "keep copies on a local disk (data.cache.folder=FOLDER), read shards front to back (data.order=sequential), or "
     "raise data.threads",
-    "decode": "raise data.threads, or prepare the shards with smaller frames or a faster codec (README, Which codec)",
+    "decode": "raise data.threads, draw more clips of each file (data.clips_per_file), decode on the GPU where there is one "
+    "(data.decode=gpu), or prepare the shards with smaller frames or a faster codec (README, Which codec)",
     "augment": "raise data.threads, or start fewer processes per machine",
     "copy": "raise data.prefetch, and look for other work on the device's bus or the host's memory",
 }
