@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,7 +107,7 @@ def test_a_step_is_the_same_at_any_number_of_ranks(shards: ShardSet) -> None:
 
 
 def test_one_decode_gives_what_several_would(shards: ShardSet) -> None:
-    """Red if a clip is cut at another place of the shared frames, or a file is decoded once for each clip."""
+    """Red if a clip is cut at another place of the shared frames, masked as another, or decoded by itself."""
     asked: list[DecodeRequest] = []
     with make(shards, clips_per_file=4, micro_batch=8) as pipeline:
         decode = pipeline._maker.decoder
@@ -116,7 +117,7 @@ def test_one_decode_gives_what_several_would(shards: ShardSet) -> None:
             return decode(requests)
 
         pipeline._maker.decoder = counted  # type: ignore[assignment]
-        views, _ = pipeline.batch(2, 0)
+        views, noise = pipeline.batch(2, 0)
         assert len(asked) == 2
         # each clip by itself: its own frames alone
         for row, sample in enumerate(pipeline.sampler.ids(2, 0).tolist()):
@@ -127,6 +128,8 @@ def test_one_decode_gives_what_several_would(shards: ShardSet) -> None:
             ours = pipeline._maker.views([cut_clip(clip, draw.start_sample, SHAPE)], [draw])
             assert torch.equal(ours.video_global[0], views.video_global[row])
             assert torch.equal(ours.audio_global[0], views.audio_global[row])
+            video, audio = mask_noise(3, 2, sample, SHAPE, row % 4)
+            assert np.array_equal(noise.video[row], video) and np.array_equal(noise.audio[row], audio)
 
 
 def test_resuming_and_damage(shards: ShardSet, tmp_path: Path) -> None:
