@@ -79,7 +79,7 @@ def test_gpu_script_with_a_gpu(tmp_path: Path) -> None:
     assert "benchmarks/test_ablation.py --benchmark" in bench
     done = subprocess.run([*command, "--data"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     tests, bench = done.stdout.splitlines()[2:]
-    assert done.returncode == 0 and "tests/data/test_gpu_data.py" in tests and "tests/kernels" not in tests
+    assert done.returncode == 0 and "tests/data/test_gpu_data.py" in tests and " tests/kernels" not in tests
     assert "benchmarks/test_feeding.py --benchmark" in bench
     done = subprocess.run([*command, "--kernels"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     tests, bench = done.stdout.splitlines()[2:]
