@@ -84,6 +84,20 @@ further() {
         failed=1
     fi
 }
+# The engine's step on one rank with NCCL, at ZeRO 0 and 1; a bare checkout lacks what it needs.
+under_nccl() {
+    if "$python" -c 'import deepspeed, psutil, pydantic, safetensors' >/dev/null 2>&1; then
+        local code=0
+        within $((seconds + 45)) "${run[@]}" -k on_gpu tests/engine/test_engine.py || code=$?
+        if [[ $code -eq 124 || $code -eq 137 ]]; then
+            echo "the engine with NCCL: not reached"
+        elif [[ $code -ne 0 ]]; then
+            failed=1
+        fi
+    else
+        echo "the engine with NCCL: left out, DeepSpeed or what else it needs is not installed"
+    fi
+}
 kernels=(benchmarks/test_{kernels,optimizer,attention,objectives}.py)
 if [[ "${1:-}" == --tune ]]; then
     echo "further cases of the kernels' tests: left out"
@@ -99,6 +113,7 @@ else
     bench "${kernels[@]}"
     bench benchmarks/test_step.py -k "not xkd-bfloat16"
     if [[ ${#flags[@]} -gt 0 ]]; then
+        under_nccl
         further
     else
         bench benchmarks/test_ablation.py

@@ -13,8 +13,11 @@ from xkd_fast.engine.launch import free_port
 REPOSITORY = Path(__file__).parent.parent
 
 
-def run_ranks(arguments: Sequence[str], world_size: int, timeout: float = 900) -> None:
-    """Run ``python ARGUMENTS`` once per rank and wait; raises with the failing rank's output if one fails."""
+def run_ranks(arguments: Sequence[str], world_size: int, timeout: float = 900, *, on_gpu: bool = False) -> None:
+    """Run ``python ARGUMENTS`` once per rank and wait; raises with the failing rank's output if one fails.
+
+    Ranks see no GPU unless ``on_gpu``: a machine has one or a few, and tests start up to four ranks.
+    """
     port = str(free_port())
     processes = []
     for rank in range(world_size):
@@ -28,6 +31,8 @@ def run_ranks(arguments: Sequence[str], world_size: int, timeout: float = 900) -
             MASTER_PORT=port,
             OMP_NUM_THREADS="1",
         )
+        if not on_gpu:
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         processes.append(subprocess.Popen(command, env=environment, cwd=REPOSITORY, text=True, **pipes))

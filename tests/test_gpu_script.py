@@ -57,10 +57,11 @@ def test_gpu_script_with_a_gpu(tmp_path: Path) -> None:
     built = {"XKD_NATIVE": str(tmp_path)}  # compiling takes seconds off the measurements
     command, environment = ["bash", "benchmarks/gpu.sh"], {**environment, **built, "PYTHON": str(stub)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    tests, *benches, further, last = done.stdout.splitlines()[2:]
+    tests, *benches, engine, further, last = done.stdout.splitlines()[2:]
     assert done.returncode == 1, done.stderr
     assert "tests/kernels" in tests and "tests/model/test_attention.py" in tests and "--benchmark" not in tests
     assert "-m not further tests/" in tests and "-x -m further tests/kernels " in further and "--benchmark" not in further
+    assert "-k on_gpu tests/engine/test_engine.py" in engine
     assert all(400 < int(bench.split("|")[0]) <= 420 and "--benchmark" in bench for bench in benches)
     step, kernels, rest = (bench.split("|")[2] for bench in benches)
     assert step.split("benchmarks/")[1:] == ["test_step.py -k xkd-bfloat16 --benchmark"]

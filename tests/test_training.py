@@ -223,7 +223,8 @@ def test_an_output_that_cannot_be_written_is_one_clear_error(uninterrupted: tupl
 
 @pytest.mark.parametrize(("stage", "precision"), ((0, "float32"), (1, "float16"), (2, "bfloat16"), (3, "bfloat16")))
 def test_plain_python_trains_and_resumes(uninterrupted: tuple[Path, Path, str], stage: int, precision: str) -> None:
-    """Red if the job needs a launcher, autocast breaks it, or a stage's checkpoint lacks something that the next step needs."""
+    """Red if the job needs a launcher, autocast breaks it, a stage's checkpoint lacks something that the next step needs, or a
+    step that is not taken moves the schedules on."""
     whole, data, _ = uninterrupted
     more = [f"train.precision={precision}", f"train.zero_stage={stage}"]
     straight, halved = (whole.parent / f"{name}-{stage}" for name in ("straight", "halved"))
@@ -238,6 +239,8 @@ def test_plain_python_trains_and_resumes(uninterrupted: tuple[Path, Path, str], 
     extra = ("skipped_steps", "loss_scale") if precision == "float16" else ()
     for name in ("total", "gradient_norm", "video_teacher_entropy", *extra):
         assert [row[name] for row in rows(halved)] == pytest.approx([row[name] for row in rows(straight)], rel=1e-6), name
+    for name in ("learning_rate", "video_ema_momentum", "audio_ema_momentum"):  # steps not taken do not move them on
+        assert [row[name] for row in rows(straight)] == [row[name] for row in rows(whole)[:6]], name
 
 
 def test_a_log_that_cannot_be_written_is_told_of_once(uninterrupted: tuple[Path, Path, str]) -> None:

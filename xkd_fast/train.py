@@ -190,7 +190,7 @@ def settle(config: Config, world_size: int) -> tuple[ModelOptions, list[str]]:
     from xkd_fast.engine.launch import own_device
     from xkd_fast.model.switches import obstacles_of, settled
 
-    train, obstacles = config.train, obstacles_of(config.model, config.train.zero_stage)
+    train, obstacles = config.train, obstacles_of(config.model, config.train.zero_stage, config.train.precision)
     return settled(config.model, own_device(), train.precision, train.clips_per_pass(world_size), obstacles=obstacles)
 
 

@@ -48,6 +48,12 @@ def test_ranks_that_wait_for_each_other_are_not_timed(more, reason):
     assert reason in error_of(None, ["log.stragglers=true", more])
 
 
+def test_a_recorded_pass_is_not_offered_for_float16():
+    """Catches a recording, whose backward pass knows nothing of the loss scale: small gradients would silently be 0."""
+    assert load_config(None, ["model.cuda_graph=true"]).model.cuda_graph is True
+    assert "loss that is not scaled" in error_of(None, ["model.cuda_graph=true", "train.precision=float16"])
+
+
 NEGATIVE_ALLOWED = {"mel.mean", "model.video.pixel_mean"}
 
 

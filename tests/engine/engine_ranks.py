@@ -44,6 +44,7 @@ class Cell:
     checkpointing: bool = False
     fp8: bool = False  # the teachers
     overflow: bool = False  # a loss scale at which the first attempts overflow
+    on_gpu: bool = False  # with NCCL
 
     @property
     def name(self) -> str:
@@ -96,6 +97,7 @@ def train_cell(cell: Cell, deepspeed: Any) -> dict[str, torch.Tensor]:
     size, totals, norms, skipped = BATCH // (world_size * cell.accumulation), [], [], 0
     for step in range(STEPS):
         views, masks = random_batch(config.model, BATCH, seed=step, dtype=torch.float32)
+        views, masks = views.to(engine.device), masks.to(engine.device)
         applied = False
         while not applied:
             engine.prepare(moment(step))
@@ -121,7 +123,7 @@ def train_cell(cell: Cell, deepspeed: Any) -> dict[str, torch.Tensor]:
         dist.broadcast(first, src=0)
         assert torch.equal(first, tensor), f"{cell.name}: ranks hold different {name}"
     extra = {"total": total / world_size, "norms": torch.stack(norms), "skipped": torch.tensor(skipped)}
-    return {**state, **{name: tensor.float() for name, tensor in extra.items()}}
+    return {name: tensor.cpu() for name, tensor in {**state, **{name: each.float() for name, each in extra.items()}}.items()}
 
 
 def require_fresh_copies(model: Any) -> None:
@@ -140,6 +142,7 @@ def main(folder: Path) -> None:
     deepspeed = start_deepspeed()
     for values in json.loads((folder / "cells.json").read_text()):
         cell = Cell(**values)
+        assert (dist.get_backend() == "nccl") == cell.on_gpu
         state = train_cell(cell, deepspeed)
         if dist.get_rank() == 0:
             write_safetensors(state, folder / f"{cell.name}.safetensors")

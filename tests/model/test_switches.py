@@ -42,9 +42,11 @@ def test_what_was_asked_for_stays(measured: None) -> None:
     asked = replace(ModelOptions(), compile=True, cuda_graph=False)
     options, (line,) = switches.settled(asked, CPU, "bfloat16", 32, obstacles={"cuda_graph": "never"})
     assert on(options) == {"compile", "teacher_stream"} and line.startswith("teacher_stream: on")
-    obstacles = switches.obstacles_of(ModelOptions(), 3)
+    obstacles = switches.obstacles_of(ModelOptions(), 3, "bfloat16")
     options, (line,) = switches.settled(ModelOptions(), CPU, "bfloat16", 32, obstacles=obstacles)
     assert on(options) == set() and "had cuda_graph, and ZeRO 3 keeps no weights at fixed places" in line
+    assert "not scaled" in switches.obstacles_of(ModelOptions(), 1, "float16")["cuda_graph"]
+    assert "cuda_graph" not in switches.obstacles_of(ModelOptions(), 1, "bfloat16")
     options, lines = switches.settled(asked.as_reference(), CPU, "bfloat16", 32, obstacles={})
     assert on(options) == set() and lines == []
 

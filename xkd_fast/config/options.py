@@ -273,6 +273,11 @@ class Config:
             "model.cuda_graph=false, or a lower train.zero_stage",
         )
         require(
+            not (self.train.precision == "float16" and self.model.cuda_graph is True),
+            "model.cuda_graph = true records the backward pass of a loss that is not scaled, which small gradients of "
+            "train.precision = float16 do not survive; set model.cuda_graph=false, or train.precision=bfloat16",
+        )
+        require(
             self.train.precision == "bfloat16" or self.model.teacher_precision != "fp8",
             f"model.teacher_precision = fp8 needs train.precision = bfloat16, which such products give; it is "
             f"{self.train.precision}",

@@ -63,11 +63,13 @@ def settled(
     return replace(options, **on), [*told, *lines]
 
 
-def obstacles_of(options: ModelOptions, zero_stage: int) -> dict[str, str]:
+def obstacles_of(options: ModelOptions, zero_stage: int, precision: str) -> dict[str, str]:
     """What no switch may be in a run, and why."""
     found = {}
     if zero_stage == 3:
         found["cuda_graph"] = "ZeRO 3 keeps no weights at fixed places"
+    if precision == "float16":
+        found["cuda_graph"] = "its backward pass is of a loss that is not scaled, as float16 needs it"
     if options.objective.mmd_scope == "global":
         found["cuda_graph"] = "gathering rows from other ranks is not recorded"
     if options.attention == "xformers":
