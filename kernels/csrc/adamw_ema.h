@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define XKD_ABI 1
+#include "abi.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -29,8 +29,6 @@ typedef struct {
     float step_size;   // lr / (1 - beta1^t)
     float second_root; // sqrt(1 - beta2^t)
 } xkd_adamw;
-
-int xkd_abi(void);
 
 // On a CPU: `threads` workers; pointers in host memory.
 void xkd_squared_norms_cpu(const xkd_segment *segments, int64_t number, float *norms, int threads);

@@ -6,13 +6,7 @@
 #include <cstring>
 #include <vector>
 
-// GCC and Clang compile these loops once per instruction set and choose when the library is loaded; XKD_CLONES names those sets
-// that this compiler knows, as CMakeLists.txt has found out. Without it the loops are compiled once.
-#ifdef XKD_CLONES
-#define XKD_VECTORISED __attribute__((target_clones(XKD_CLONES)))
-#else
-#define XKD_VECTORISED
-#endif
+#include "vectorised.h"
 
 namespace {
 

@@ -11,7 +11,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-ABI = 1
+ABI = 2
 LIBRARIES = {"cpu": "libxkd_kernels_cpu.so", "cuda": "libxkd_kernels_cuda.so"}
 
 

@@ -29,28 +29,43 @@ def run(command: Sequence[object], **more: object) -> str:
     return done.stderr + done.stdout
 
 
+SANITIZED = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}")
+DRIVERS = (
+    ("adamw_ema", 1),
+    ("adamw_ema", 2),
+    ("adamw_ema", 3),
+    ("video_view", 0),
+    ("video_view", 1),
+)  # threads; blurred or not
+
+
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_sanitizers_find_nothing(threads: int, tmp_path: Path) -> None:
-    """Red if a number beyond a segment is read or written, an integer overflows, or a size that is no multiple goes wrong."""
+@pytest.mark.parametrize(("name", "argument"), DRIVERS)
+def test_sanitizers_find_nothing(name: str, argument: int, tmp_path: Path) -> None:
+    """Red if a number beyond a segment or a picture is read or written, an integer overflows, or an odd size goes wrong."""
     program = tmp_path / "sanitized"
-    driver = Path(__file__).with_name("adamw_ema_sanitized.cpp")
-    options = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}")
-    run([COMPILER, *FLAGS, *options, driver, SOURCES / "adamw_ema_cpu.cpp", "-o", program])
-    run([program, threads], env={**os.environ, "ASAN_OPTIONS": "detect_leaks=1"})
+    driver = Path(__file__).with_name(f"{name}_sanitized.cpp")
+    run([COMPILER, *FLAGS, "-O1", *SANITIZED, driver, SOURCES / f"{name}_cpu.cpp", "-o", program])
+    run([program, argument], env={**os.environ, "ASAN_OPTIONS": "detect_leaks=1"})
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-def test_sanitizers_would_find_a_number_too_far(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "right", "planted"),
+    [
+        ("adamw_ema", "i < count; ++i)\n        teacher[i] +=", "i <= count; ++i)\n        teacher[i] +="),
+        ("video_view", "std::min(size, static_cast", "std::min(size + 1, static_cast"),  # the resize reads a pixel too many
+        ("video_view", "if (rows > 3)", "if (rows > 2)"),  # a row below the view is written
+    ],
+)
+def test_sanitizers_would_find_a_number_too_far(name: str, right: str, planted: str, tmp_path: Path) -> None:
     """Red if the run above could not fail: with a bug planted, it must."""
-    source = (SOURCES / "adamw_ema_cpu.cpp").read_text()
-    loop = "for (int64_t i = 0; i {} count; ++i)\n        teacher[i] +="
-    broken = source.replace(loop.format("<"), loop.format("<="))
+    source = (SOURCES / f"{name}_cpu.cpp").read_text()
+    broken = source.replace(right, planted)
     assert broken != source
     (tmp_path / "broken.cpp").write_text(broken)
-    driver, program = Path(__file__).with_name("adamw_ema_sanitized.cpp"), tmp_path / "broken"
-    options = ("-O1", "-g", "-fsanitize=address,undefined", f"-I{SOURCES}")
-    run([COMPILER, *FLAGS, *options, driver, tmp_path / "broken.cpp", "-o", program])
+    driver, program = Path(__file__).with_name(f"{name}_sanitized.cpp"), tmp_path / "broken"
+    run([COMPILER, *FLAGS, "-O1", *SANITIZED, driver, tmp_path / "broken.cpp", "-o", program])
     done = subprocess.run([program, "2"], capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
 
@@ -112,7 +127,7 @@ def test_a_library_of_other_sources_is_refused(tmp_path: Path) -> None:
     (tmp_path / "old.cpp").write_text('extern "C" int xkd_abi(void) { return 0; }')
     run([COMPILER, "-shared", "-fPIC", tmp_path / "old.cpp", "-o", tmp_path / "libxkd_kernels_cpu.so"])
     backend, reason, *_ = answers(tmp_path)
-    assert backend == "torch" and "was built from other sources (interface 0, wanted 1); build it again" in reason
+    assert backend == "torch" and "was built from other sources (interface 0, wanted 2); build it again" in reason
 
 
 @pytest.mark.skipif(COMPILER is None or CMAKE is None, reason="needs cmake and a C++ compiler")

@@ -4,19 +4,24 @@ Videos are [N, 3, T, H, W] float in [0, 1]: N clips, T frames, each clip with it
 PIL and torchvision mean by them, in floating point: clamped to [0, 1] after each, but not rounded to 8 bits. Crop and resize
 are one pair of matrices per clip (antialiased triangle filter), so resizing the short side first, cropping, resizing and
 flipping cost two matrix products together; so does the Gaussian blur.
+
+On a CPU a video view is made in one compiled pass (`xkd_fast.data.native_view`) where there is a compiled library; what stands
+here is its definition, and does the same work elsewhere.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xkd_fast.data.log_mel import LogMel, MelOptions
+from xkd_fast.data.native_view import native_view, obstacle
 from xkd_fast.data.views import (
     AudioDraw,
     AudioViewOptions,
@@ -300,6 +305,35 @@ def _per_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, device=device).view(3, 1, 1, 1)
 
 
+@cache
+def _tell_once(reason: str) -> None:
+    warnings.warn(f"video views are made by PyTorch's operators, which takes several times as long: {reason}", stacklevel=4)
+
+
+def view_backend(device: torch.device, backend: str = "auto") -> str:
+    """Who makes video views on a device: ``native``, the compiled pass, or ``torch``, PyTorch's operators.
+
+    Args:
+        device: where the decoded clips are.
+        backend: ``auto`` = ``native`` where it can run; on a CPU where it cannot, a warning says why, once.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or ``native`` and cannot run here.
+    """
+    if backend not in ("auto", "native", "torch"):
+        raise ValueError(f"backend '{backend}' of video views is not one of auto, native, torch")
+    if backend == "torch":
+        return "torch"
+    reason = obstacle(device)
+    if reason is None:
+        return "native"
+    if backend == "native":
+        raise ValueError(f"backend native of video views cannot run here: {reason}; torch can")
+    if device.type == "cpu":
+        _tell_once(reason)
+    return "torch"
+
+
 def video_views(
     clips: Sequence[Tensor],
     draws: Sequence[VideoDraw],
@@ -310,6 +344,7 @@ def video_views(
     pixel_mean: Sequence[float],
     pixel_std: Sequence[float],
     out: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """One video view of each of N clips.
 
@@ -321,17 +356,38 @@ def video_views(
         short_side: resize the frames to this short side before the crop; 0 = crop the frames as they are.
         pixel_mean: of red, green, blue in [0, 1].
         pixel_std: of red, green, blue in [0, 1].
-        out: [N, 3, frames, size, size] float32 to write into.
+        out: [N, 3, frames, size, size] of any strides to write into, float32 (normalised) or uint8 (grey levels, rounded).
+        backend: see `view_backend`.
 
     Returns:
-        [N, 3, frames, size, size] float32, normalised.
+        ``out``, or [N, 3, frames, size, size] float32, normalised.
+
+    Raises:
+        ValueError: ``backend`` is unknown or cannot run here; tensors and draws that do not fit together.
     """
+    out = clips[0].new_empty(len(clips), 3, frames, size, size, dtype=torch.float32) if out is None else out
+    if view_backend(out.device, backend) == "torch":
+        return _torch_views(clips, draws, out, short_side, pixel_mean, pixel_std)
+    taps = blur_kernel_size(size)
+    for clip, draw, view in zip(clips, draws, out, strict=True):
+        native_view(clip, draw, view, short_side=short_side, blur_taps=taps, pixel_mean=pixel_mean, pixel_std=pixel_std)
+    return out
+
+
+def _torch_views(
+    clips: Sequence[Tensor],
+    draws: Sequence[VideoDraw],
+    out: Tensor,
+    short_side: int,
+    pixel_mean: Sequence[float],
+    pixel_std: Sequence[float],
+) -> Tensor:
+    frames, size = out.shape[2], out.shape[3]
     cuts = [
         CropResize((clip.shape[1], clip.shape[2]), draw.crop, size, short_side=short_side, flip=draw.flip)
         for clip, draw in zip(clips, draws, strict=True)
     ]
     colours, sigmas = _colour_steps(draws, torch.float32), [draw.blur_sigma for draw in draws]
-    out = clips[0].new_empty(len(clips), 3, frames, size, size, dtype=torch.float32) if out is None else out
     mean, std = (_per_channel(tuple(numbers), out.device) for numbers in (pixel_mean, pixel_std))
     # Nothing here looks at another frame. On a CPU a few frames go through all of it while they are in its cache.
     per_pass = max(1, PIXELS_PER_PASS // (len(cuts) * size * size)) if out.device.type == "cpu" else frames
@@ -340,7 +396,11 @@ def video_views(
         parts = [cut(clip[draw.start + first : draw.start + last]) for cut, clip, draw in zip(cuts, clips, draws, strict=True)]
         video = parts[0][None] if len(parts) == 1 else torch.stack(parts)
         video = blur(_apply_colours(video, colours), sigmas)
-        torch.sub(video, mean, out=out[:, :, first:last]).div_(std)
+        part = out[:, :, first:last]
+        if out.dtype == torch.uint8:
+            part.copy_(video.mul_(255).round_().clamp_(0, 255))
+        else:
+            torch.sub(video, mean, out=part).div_(std)
     return out
 
 
@@ -384,14 +444,25 @@ class ViewMaker:
         options: what is not drawn: the spectrogram's canvas, whether the short side is resized first.
         mel: the log-mel front end.
         device: where the decoded clips are.
+        backend: who makes video views, see `view_backend`.
+
+    Raises:
+        ValueError: ``backend`` is unknown or cannot run on ``device``.
     """
 
     def __init__(
-        self, shape: ViewShape, options: AugmentOptions, mel: MelOptions, *, device: torch.device | str = "cpu"
+        self,
+        shape: ViewShape,
+        options: AugmentOptions,
+        mel: MelOptions,
+        *,
+        device: torch.device | str = "cpu",
+        backend: str = "auto",
     ) -> None:
         self.shape = shape
         self.options = options
         self.device = torch.device(device)
+        self.backend = view_backend(self.device, backend)
         self.log_mel = LogMel(mel, shape.audio.mel_bins, shape.sample_rate, device=device)
 
     def empty(self, clips: int, *, local_views: bool = True) -> Views:
@@ -446,6 +517,7 @@ class ViewMaker:
             pixel_mean=self.shape.video.pixel_mean,
             pixel_std=self.shape.video.pixel_std,
             out=out,
+            backend=self.backend,
         )
 
     def _audio(
