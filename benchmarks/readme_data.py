@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks import record
 
 Result = dict[str, Any]
+VIEWS_BY = {"native": "the compiled pass", "torch": "PyTorch's operators"}
 
 
 def results(kind: str) -> list[Result]:
@@ -74,16 +75,19 @@ def data_paragraph() -> str:
             "many processors like these the fastest measured step of the base model would need, were the figure to scale",
             f"({'; '.join(f'{name}: {rate[name]:.3g} clips/s' for name in machines)}).",
             "",
-            "| from | clips/s | decoded alone | on one thread | processor ms a clip | against the DataLoader "
-            "| in processor time | kB read | " + " | ".join(f"for {name.split(',')[0]}" for name in machines) + " |",
-            "|---|---|---|---|---|---|---|---|" + "---|" * len(machines),
+            "| from | clips/s | with pictures by PyTorch's operators | decoded alone | on one thread "
+            "| processor ms a clip | against the DataLoader | in processor time | kB read | "
+            + " | ".join(f"for {name.split(',')[0]}" for name in machines)
+            + " |",
+            "|---|---|---|---|---|---|---|---|---|" + "---|" * len(machines),
         ]
         for row in result["rows"]:
             name = f"shards, {row['name']}" if "stage_seconds" in row else row["name"]
             decoded, one = (row.get(f"{key}_clips_per_second") for key in ("decode", "one_thread"))
             speed = row["clips_per_second"]["median"]
             cells = [name.replace("DataLoader", "a plain DataLoader, PyAV"), f"{speed:.3g}"]
-            cells += [f"{found['median']:.3g}" if found else "–" for found in (decoded, one)]
+            torchs = row["by_torch"]["clips_per_second"] if "by_torch" in row else None
+            cells += [f"{found['median']:.3g}" if found else "–" for found in (torchs, decoded, one)]
             cells.append(f"{1e3 * row['processor_seconds_per_clip']['median']:.1f}")
             for key in ("against_loader", "against_loader_in_processor_time"):
                 cells.append(ranged(row[key]) if key in row else "1 ×")
@@ -93,15 +97,16 @@ def data_paragraph() -> str:
             lines.append(f"| {' | '.join(cells)} |")
         lines += [
             "",
-            "Processor time of a clip, ms, and its share:",
+            f"Processor time of a clip, ms, and its share; pictures by {VIEWS_BY[result.get('views_by', 'torch')]}:",
             "",
-            "| shards | read | decode | pictures | sound |",
-            "|---|---|---|---|---|",
+            "| shards | read | decode | pictures | sound | pictures by PyTorch's operators, instead |",
+            "|---|---|---|---|---|---|",
         ]
         for row in result["rows"]:
             if stages := row.get("stage_seconds"):
                 whole = sum(stages.values())
                 cells = [f"{1e3 * seconds:.2f} ({seconds / whole:.0%})" for seconds in stages.values()]
+                cells.append(f"{1e3 * row['by_torch']['pictures_seconds']:.2f}" if "by_torch" in row else "–")
                 lines.append(f"| {row['name']} | {' | '.join(cells)} |")
         for name, reason in result["absent"].items():
             lines += ["", f"Not measured: {name}: {reason}."]

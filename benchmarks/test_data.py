@@ -16,7 +16,8 @@ The floor of what follows decoding, on one core (pixels: 32 · 112² + 8 · 96²
   80 GFLOP/s in one pass; as operators of PyTorch some 60 passes over 1.9 MB in a second-level cache: 3 ms at 40 GB/s
 - sound: 448 + 112 windows of 1 024: 14 MFLOP of Fourier transforms, 46 MFLOP of filter bank: 1 ms
 
-So 6-7 ms of a core for a clip is what PyTorch's operators can reach, 1-2 ms what one fused pass could.
+So 6-7 ms of a core for a clip is what PyTorch's operators can reach, 1-2 ms what one fused pass could. The compiled pass
+(`kernels/csrc/video_view_cpu.cpp`) makes pictures in one; ``by_torch`` says what the same shards give with PyTorch's operators.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from xkd_fast.engine.heap import keep_freed_memory
 CPU = torch.device("cpu")
 CONFIG = "xkd_base_k400"
 FRAMES_STORED, SHORT_SIDE = 80, 128
+BY_TORCH = "pictures by PyTorch's operators"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ class FromShards:
         data = replace(config.data, threads=threads)
         how = config.model, config.augment, config.mel, data
         self.pipeline = ViewPipeline(self.shards, *how, seed=0, micro_batch=size.batch)
+        self.views_by = self.pipeline._maker.backend
+        kinds = dict.fromkeys([self.views_by, "torch"])
+        self.makers = {kind: ViewMaker(self.pipeline.shape, config.augment, config.mel, backend=kind) for kind in kinds}
         self.epoch = 0
         parts = [self.shards.read(sample) for sample in range(len(self.shards))]
         self.bytes_read_per_clip = statistics.mean(len(part.video) + len(part.audio) for part in parts)
@@ -89,6 +94,14 @@ class FromShards:
         """Another epoch's views."""
         self.epoch += 1
         return self.pipeline.batch(self.epoch, 0)[0]
+
+    def batch_by_torch(self) -> Views:
+        """The same with pictures by PyTorch's operators."""
+        self.pipeline._maker = self.makers["torch"]
+        try:
+            return self.batch()
+        finally:
+            self.pipeline._maker = self.makers[self.views_by]
 
     def decode(self) -> list[DecodedClip]:
         """Read and decode alone."""
@@ -100,7 +113,6 @@ class FromShards:
     def stages(self, rounds: int) -> dict[str, float]:
         """Processor seconds a clip of every stage, each over a whole batch; medians."""
         shape, found = self.pipeline.shape, list[dict[str, float]]()
-        maker = self.pipeline._maker.maker
         for epoch in range(rounds + 1):
             taken: dict[str, float] = {}
             samples = range(self.pipeline.sampler.micro_batch)
@@ -116,13 +128,14 @@ class FromShards:
                 requests = [read(number) for number in samples]
             with Stage("decode", taken):
                 clips = self.pipeline._maker.decoder(requests)
-            views = maker.empty(len(clips))
+            views = self.makers["torch"].empty(len(clips))
             cut = [cut_clip(clip, draw.start_sample, shape) for clip, draw in zip(clips, draws, strict=True)]
-            for name in ("pictures", "sound"):
+            stages = {"pictures": self.makers[self.views_by], "sound": self.makers["torch"], BY_TORCH: self.makers["torch"]}
+            for name, maker in stages.items():
                 with Stage(name, taken):
                     for row, ((frames, sound), draw) in enumerate(zip(cut, draws, strict=True)):
-                        pictures = name == "pictures"
-                        maker.fill(views, slice(row, row + 1), [frames] * pictures, [sound] * (not pictures), [draw])
+                        heard = name == "sound"
+                        maker.fill(views, slice(row, row + 1), [frames] * (not heard), [sound] * heard, [draw])
             found.append({name: seconds / len(clips) for name, seconds in taken.items()})
         return {name: statistics.median(row[name] for row in found[1:]) for name in found[0]}
 
@@ -283,6 +296,8 @@ def test_data(measuring: bool, tmp_path: Path) -> None:
     works = {"DataLoader": Timed(loader.epoch, len(loader.dataset), loader.processor_seconds)}
     works |= {name: Timed(each.batch, size.batch) for name, each in contestants.items()}
     works |= {f"{name}, decode": Timed(each.decode, size.batch) for name, each in contestants.items()}
+    from_shards = {name: each for name, each in contestants.items() if isinstance(each, FromShards)}
+    works |= {f"{name}, torch": Timed(each.batch_by_torch, size.batch) for name, each in from_shards.items()}
     in_turns(works, size.rounds)
     plain = works["DataLoader"]
     rows: list[dict[str, Any]] = []
@@ -295,8 +310,13 @@ def test_data(measuring: bool, tmp_path: Path) -> None:
                 [theirs / own for theirs, own in pairs]
             )
         if isinstance(each, FromShards):
+            torchs = works[f"{name}, torch"]
+            pairs = zip(torchs.seconds, works[name].seconds, strict=True)
+            row["by_torch"] = speeds(torchs)
+            row["against_torch"] = record.spread([theirs / own for theirs, own in pairs])
             with single_threaded_pool(1) as alone:
                 row["stage_seconds"] = alone.submit(each.stages, size.rounds_of_one_thread).result()
+            row["by_torch"]["pictures_seconds"] = row["stage_seconds"].pop(BY_TORCH)
         each.close()
         rows.append(row)
     rows.append({"name": "DataLoader"} | speeds(plain))
@@ -306,7 +326,13 @@ def test_data(measuring: bool, tmp_path: Path) -> None:
         row["one_thread_clips_per_second"] = one.get(row["name"])
         row["share_of_step"] = {device: row["clips_per_second"]["median"] / rate for device, rate in demand().items()}
     result = {"config": CONFIG, "threads": cores, "source": vars(size.kind), "files": size.files, "batch": size.batch}
-    result |= {"decoders": versions(), "absent": absent, "step_clips_per_second": demand(), "rows": rows}
+    result |= {
+        "views_by": contestants["mosaic"].views_by,
+        "decoders": versions(),
+        "absent": absent,
+        "step_clips_per_second": demand(),
+        "rows": rows,
+    }
     print("\n".join([f"{size.kind.name}, {cores} threads", *map(told, rows), *(f"  {n}: {why}" for n, why in absent.items())]))
     if measuring:
         record.write(f"data_{record.place(CPU)}", result)
@@ -361,6 +387,8 @@ def told(row: dict[str, Any]) -> str:
     if "decode_clips_per_second" in row:
         line += f" ({row['decode_clips_per_second']['median']:.1f} decoded alone), {row['against_loader']['median']:.1f} × the"
         line += f" DataLoader, {row['against_loader_in_processor_time']['median']:.1f} × in processor time"
+    if "by_torch" in row:
+        line += f", {row['by_torch']['clips_per_second']['median']:.1f} with pictures by PyTorch's operators"
     if one := row["one_thread_clips_per_second"]:
         line += f", {one['median']:.1f} on one thread"
     if stages := row.get("stage_seconds"):
