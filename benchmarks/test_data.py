@@ -83,7 +83,7 @@ class FromShards:
         data = replace(config.data, threads=threads)
         how = config.model, config.augment, config.mel, data
         self.pipeline = ViewPipeline(self.shards, *how, seed=0, micro_batch=size.batch)
-        self.views_by = self.pipeline._maker.backend
+        self.views_by = self.pipeline._maker.maker.backend
         kinds = dict.fromkeys([self.views_by, "torch"])
         self.makers = {kind: ViewMaker(self.pipeline.shape, config.augment, config.mel, backend=kind) for kind in kinds}
         self.epoch = 0
@@ -97,11 +97,11 @@ class FromShards:
 
     def batch_by_torch(self) -> Views:
         """The same with pictures by PyTorch's operators."""
-        self.pipeline._maker = self.makers["torch"]
+        self.pipeline._maker.maker = self.makers["torch"]
         try:
             return self.batch()
         finally:
-            self.pipeline._maker = self.makers[self.views_by]
+            self.pipeline._maker.maker = self.makers[self.views_by]
 
     def decode(self) -> list[DecodedClip]:
         """Read and decode alone."""
