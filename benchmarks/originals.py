@@ -103,10 +103,10 @@ def torchcodec_reader() -> Reader | str:
 
 
 def dali_refusal(path: Path) -> str | None:
-    """What DALI says of a source file's picture on a CPU; None if it decodes it."""
+    """What DALI's decoder for video streams says of a source file's picture on a CPU; None if it decodes it."""
     video = np.fromfile(path, np.uint8)
     try:
-        ClipDecoder(1, 1)([DecodeRequest(os.fspath(path), video, placeholder_sound(), 0, 8)])
+        ClipDecoder(1, 1, "vp9")([DecodeRequest(os.fspath(path), video, placeholder_sound(), 0, 8)])
     except UndecodableError as error:
         return str(error.reasons[0])
     return None
