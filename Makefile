@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | bench | clean
+# make install | demo | test | test-all | lint | bench | clean
 #
 # Each target first makes its own virtual environment, .venv, from nothing; the next call finds it ready. Variables:
 #   PYTHON=python3.12    the Python to build it with (3.10 or newer)
@@ -36,6 +36,7 @@ $(shell [ "$$(cat $(STAMP) 2>&1)" = "$(CURDIR)" ] && [ -x $(BIN)/python ] || rm 
 .PHONY: help demo test test-all lint bench clean install
 
 help:
+	@echo "make install   make the environment, .venv, alone; the other targets do so by themselves"
 	@echo "make demo      render videos, pretrain, evaluate and report, on the CPU"
 	@echo "make test      the tests, slow ones left out"
 	@echo "make test-all  every test"

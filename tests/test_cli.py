@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -274,13 +275,44 @@ def test_doctor_prints_a_table_or_json(monkeypatch, capsys):
 
 
 def flip_a_bit(shards: Path, key: str, part: str) -> None:
-    """Damage a part of a sample in the only tar of a folder."""
-    (tar,) = shards.glob("*.tar")
-    with tarfile.open(tar) as archive:
-        (member,) = [member for member in archive if member.name.startswith(key) and member.name.endswith(part)]
+    """Damage a part of a sample in whichever tar of a folder holds it."""
+    for tar in shards.glob("*.tar"):
+        with tarfile.open(tar) as archive:
+            found = [member for member in archive if member.name.startswith(key) and member.name.endswith(part)]
+        if found:
+            break
+    (member,) = found
     data = bytearray(tar.read_bytes())
     data[member.offset_data + member.size // 2] ^= 1
     tar.write_bytes(data)
+
+
+def test_doctor_lists_every_shard_that_is_broken(tmp_path, capsys):
+    """Red if it stops at the first one, so that a set is mended one call at a time, or leaves the whole ones unread."""
+    small = ["--seconds", "0.5", "0.6", "--width", "32", "--height", "32", "--workers", "1", "--classes", "flash"]
+    assert cli.main(["render", str(tmp_path / "videos"), "--clips-per-class", "26", *small]) == 0
+    shards = tmp_path / "shards"
+    prepare = ["--short-side", "16", "--min-seconds", "0.1", "--workers", "1", "--codec", "mjpeg", "--samples-per-shard", "1"]
+    assert cli.main(["prepare", str(tmp_path / "videos"), str(shards), *prepare]) == 0
+    whole = ShardSet.open(shards)
+    flip_a_bit(shards, whole.keys[25], "flac")
+    (shards / "shard-000000.tar").unlink()
+    (shards / "shard-000001.index.json").unlink()
+    os.truncate(shards / "shard-000002.tar", 100)
+    (shards / "shard-000003.index.json").write_text("{}")
+    capsys.readouterr()
+    assert cli.main(["doctor", "--shards", str(shards)]) == 1
+    shown = capsys.readouterr().out
+    assert "22 samples read, 1 damaged; 4 shards broken" in shown and shown.count("CRC") == 1
+    assert all(f"shard-00000{number}" in shown for number in range(4)) and "shard-000004" not in shown
+    for number in range(4, 25):
+        (shards / f"shard-{number:06d}.tar").unlink()
+    assert cli.main(["doctor", "--shards", str(shards)]) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("shard-") == 21 and "and 5 more like these; --json lists all" in shown
+    assert "1 samples read, 1 damaged; 25 shards broken" in shown
+    assert cli.main(["doctor", "--shards", str(shards), "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["broken_shards"]) == 25
 
 
 def test_doctor_reads_shards_through(tmp_path, capsys):

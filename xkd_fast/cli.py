@@ -224,8 +224,9 @@ def prepare(arguments: list[str]) -> int:
     from rich.console import Console
 
     from xkd_fast.data.datasets import DATASETS, describe
-    from xkd_fast.data.prepare import REPORT, PrepareOptions
+    from xkd_fast.data.prepare import REPORT, PrepareOptions, standing_samples
     from xkd_fast.data.prepare import prepare as prepare_shards
+    from xkd_fast.interruption import terminated_like_interrupted
 
     parser = _command_parser(
         "prepare",
@@ -256,9 +257,12 @@ def prepare(arguments: list[str]) -> int:
     where.add_argument("--id-files", choices=("auto", "clips", "videos"), default="auto",
         help="audioset, vggsound: what files named by a YouTube id alone hold, the clips or the whole videos (default: auto, "
         "by the lengths of some)")  # fmt: skip
+    add("--retry", action="store_true", help="try again what an earlier call could not read in time, crashed on or found "
+        "unreadable; shards that get a sample by that are written again as a whole")  # fmt: skip
     look = parser.add_argument_group("look before you leap (nothing is converted to shards)")
     look.add_argument("--dry-run", action="store_true", help="tell what would be done, and write nothing")
-    look.add_argument("--audit", action="store_true", help="open every file, and count what the pile holds")
+    look.add_argument("--audit", action="store_true", help="open every file that would be prepared, and count what the pile "
+        "holds; sound is judged as by prepare, but pictures lacking inside a file are seen by prepare alone")  # fmt: skip
     look.add_argument("--json", metavar="FILE", help="with --audit: write the figures, and what was found of every file")
     look.add_argument("--plot", metavar="FILE", help="with --audit: write a picture of them (png, svg, pdf)")
     add_options(parser, PrepareOptions)
@@ -276,8 +280,22 @@ def prepare(arguments: list[str]) -> int:
         return _audit(given, sources, options)
     if given.dry_run:
         return _dry_run(given, sources, options)
-    report = prepare_shards(sources, given.destination, options, console=console)
+    with terminated_like_interrupted() as received:
+        try:
+            report = prepare_shards(sources, given.destination, options, retry=given.retry, console=console)
+        except KeyboardInterrupt:
+            samples, standing = standing_samples(given.destination)
+            print(
+                f"stopped by {received[0] if received else 'SIGINT'}: {samples} samples in {standing} shards stand in "
+                f"{given.destination}; the same command again goes on from there",
+                file=sys.stderr,
+            )
+            return 143 if received else 130
     print(f"{given.destination}: {report.written} samples in {report.shards} shards, {report.converted_now} videos handled now")
+    if given.retry:
+        print(f"{report.retried} videos that were not read before were tried again: {report.recovered} are written now")
+    if report.rewritten:
+        print(f"{report.rewritten} shards were written again: a training that has begun on them cannot go on exactly")
     if report.skipped:
         reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.skipped.most_common())
         print(
@@ -310,6 +328,8 @@ def _check_prepare_arguments(given: argparse.Namespace) -> None:
         if given.dataset is None and value != unset:
             option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
             raise UserError(f"{option} says something of a data set; name it with --dataset")
+    if given.retry and (given.audit or given.dry_run):
+        raise UserError("--retry converts, --audit and --dry-run only look; leave one of them out")
     if given.audit and given.dry_run:
         raise UserError("--audit and --dry-run are two questions; ask one at a time")
     if given.audit and given.destination is not None:
@@ -342,14 +362,14 @@ def _sources(given: argparse.Namespace, options: Any) -> Any:
     from pathlib import Path
 
     from xkd_fast.data.datasets import open_dataset
-    from xkd_fast.data.sources import MEDIA_SUFFIXES, find_sources, read_list
+    from xkd_fast.data.sources import find_sources, read_list
 
     if given.list is not None:
         return read_list(Path(given.list))
     if given.dataset is not None:
         asked = {name: getattr(given, name) for name in ("split", "fold", "annotations", "subset", "id_files")}
         return open_dataset(given.dataset, given.source, **asked)
-    return find_sources(Path(given.source), MEDIA_SUFFIXES if given.audit else options.suffixes)
+    return find_sources(Path(given.source), options.suffixes)
 
 
 def _dry_run(given: argparse.Namespace, sources: Any, options: Any) -> int:
@@ -473,16 +493,17 @@ def doctor(arguments: list[str]) -> int:
     parser = _command_parser(
         "doctor",
         "Tell what this machine has of what XKD uses, and what follows from what it lacks; or read shards through and list the "
-        "samples whose bytes are not the ones that were written (exit code 1 where there are any).",
+        "shards that are missing and samples whose bytes are not the ones that were written (exit code 1 where there are any).",
         "  xkd-fast doctor --json\n  xkd-fast doctor --shards /data/k400/train /data/k400/test",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--shards", nargs="+", metavar="FOLDER",
         help="check the shards in these folders, or at these http(s):// addresses, not the machine")  # fmt: skip
     given = parser.parse_args(arguments)
+    from xkd_fast.doctor import check_shards, examine
+
     if given.shards:
-        return _check_shards(given.shards, as_json=given.json)
-    from xkd_fast.doctor import examine
+        return check_shards(given.shards, as_json=given.json)
 
     findings = examine()
     if given.json:
@@ -503,34 +524,6 @@ def doctor(arguments: list[str]) -> int:
         table.add_row(escape(finding.name), f"[{colours[finding.status]}]{finding.status}[/]", escape(told))
     Console().print(table)
     return 0
-
-
-def _check_shards(folders: list[str], *, as_json: bool) -> int:
-    """Read every sample of these folders and tell which are damaged, each as FOLDER/KEY: keys are a folder's own."""
-    from rich.console import Console
-    from rich.progress import track
-
-    from xkd_fast.data.shards import ShardSet
-    from xkd_fast.data.storage import shown
-
-    sets = {shown(folder): ShardSet.open(folder) for folder in folders}
-    samples = [(folder, index) for folder, shards in sets.items() for index in range(len(shards))]
-    damaged: dict[str, list[str]] = {}
-    for folder, index in track(samples, "reading samples", console=Console(stderr=True)):
-        found = [str(error) for error in sets[folder].damage(index)]
-        if found:
-            damaged[f"{folder}/{sets[folder].keys[index]}"] = found
-    if as_json:
-        import json
-
-        print(json.dumps({"samples": len(samples), "damaged": damaged}, indent=2))
-    else:
-        for reason in (reason for reasons in damaged.values() for reason in reasons):
-            print(reason)
-        print(f"{len(samples)} samples read, {len(damaged)} damaged")
-        if damaged:
-            print("copy their shards again; or delete these .tar files and call the same prepare of this version again")
-    return 1 if damaged else 0
 
 
 def evaluate(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""What this machine has of what XKD uses: found, missing or broken, and what follows from it.
+"""What this machine has of what XKD uses: found, missing or broken, and what follows from it; and which shards are damaged.
 
 Every look is taken in a process of its own, so that a package that crashes or writes to the terminal as it is imported costs
 only its own line.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 SECONDS = 120  # one look takes no longer
+SHOWN_PROBLEMS = 20  # of shards, and of samples, that are printed
 
 Status = Literal["found", "missing", "broken"]
 
@@ -186,3 +187,38 @@ def _look(check: Check) -> Finding:
     if status == "missing":
         return Finding(check.name, "missing", "", check.otherwise)
     return Finding(check.name, status, " ".join(str(detail).split())[:300], "" if status == "found" else check.otherwise)
+
+
+def check_shards(folders: Sequence[str], *, as_json: bool) -> int:
+    """Read every sample of these folders, print which shards are broken and which samples damaged, and return the exit code.
+
+    A sample is named FOLDER/KEY: keys are a folder's own.
+
+    Raises:
+        UserError: a folder is no shard set.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from xkd_fast.data.shards import ShardSet
+    from xkd_fast.data.storage import shown
+
+    broken: list[str] = []
+    sets = {shown(folder): ShardSet.open(folder, broken=broken) for folder in folders}
+    samples = [(folder, index) for folder, shards in sets.items() for index in range(len(shards))]
+    damaged: dict[str, list[str]] = {}
+    for folder, index in track(samples, "reading samples", console=Console(stderr=True)):
+        found = [str(error) for error in sets[folder].damage(index)]
+        if found:
+            damaged[f"{folder}/{sets[folder].keys[index]}"] = found
+    if as_json:
+        print(json.dumps({"samples": len(samples), "damaged": damaged, "broken_shards": broken}, indent=2))
+    else:
+        for reasons in (broken, [reason for found in damaged.values() for reason in found]):
+            print(*reasons[:SHOWN_PROBLEMS], sep="\n", end="\n" if reasons else "")
+            if len(reasons) > SHOWN_PROBLEMS:
+                print(f"and {len(reasons) - SHOWN_PROBLEMS} more like these; --json lists all")
+        print(f"{len(samples)} samples read, {len(damaged)} damaged" + (f"; {len(broken)} shards broken" if broken else ""))
+        if damaged or broken:
+            print("copy their shards again; or delete these .tar files and call the same prepare of this version again")
+    return 1 if damaged or broken else 0

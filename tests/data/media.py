@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -45,6 +46,12 @@ def burst_times(waveform: NDArray[Any], rate: int) -> NDArray[np.float64]:
     """When the bursts of a sound in [-1, 1] begin, seconds; bursts are more than 0.1 s apart."""
     loud = np.flatnonzero(np.abs(np.asarray(waveform, np.float64)) > 0.15) / rate
     return loud[np.diff(loud, prepend=-1.0) > 0.1]
+
+
+def decoded_flac(data: Any) -> NDArray[np.int16]:
+    """All samples of a FLAC file in memory."""
+    with av.open(io.BytesIO(data)) as container:
+        return np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
 
 
 # Programs that measure themselves begin with this. The kernel's own maximum, ru_maxrss, begins with that of the process that

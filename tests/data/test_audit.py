@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -11,13 +12,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.data.media import noise, numbered, write_video
 from xkd_fast import cli
 from xkd_fast.data.audit import Audit, audit, write_json
 from xkd_fast.data.audit_figures import audit_table, plot_audit
 from xkd_fast.data.prepare import PrepareOptions, prepare
-from xkd_fast.data.probe import Probe, probe
+from xkd_fast.data.probe import Probe, ProbeTask, probe
 from xkd_fast.data.sources import MEDIA_SUFFIXES, find_sources, read_list
 from xkd_fast.errors import UserError
 
@@ -105,7 +107,7 @@ def test_a_file_that_hangs_is_one_bad_file(pile: Path, tmp_path: Path, monkeypat
         "if 'xkd_fast.data.probe:probe' in sys.argv:\n"
         "    import xkd_fast.data.probe as module\n"
         "    original = module._probe\n"
-        "    module._probe = lambda path: time.sleep(1000) if path.endswith('late.mkv') else original(path)\n"
+        "    module._probe = lambda task: time.sleep(1000) if task.path.endswith('late.mkv') else original(task)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     started = time.monotonic()
@@ -117,7 +119,7 @@ def test_a_file_that_hangs_is_one_bad_file(pile: Path, tmp_path: Path, monkeypat
 
 def test_what_a_file_says_of_itself(pile: Path) -> None:
     """Red if width and height are swapped, or the pixel format and the rates are another stream's."""
-    found = probe(str(pile / "a" / "other.mp4"))
+    found = probe(ProbeTask(str(pile / "a" / "other.mp4"), 8.0, 16000))
     assert found == Probe(
         container="mov", seconds=pytest.approx(1.02, abs=0.05), video="h264", width=320, height=240, fps=30.0,
         pixels="yuv420p", audio="aac", sample_rate=44100, channels=1, sound="heard",
@@ -129,9 +131,11 @@ def test_the_command_shows_writes_and_draws(pile: Path, tmp_path: Path, capsys: 
     files = ["--json", str(tmp_path / "audit.json"), "--plot", str(tmp_path / "audit.png")]
     assert cli.main(["prepare", str(pile), "--audit", "--workers", "2", *files]) == 0
     shown = capsys.readouterr()
-    assert "auditing: 17 of 17" in shown.err  # 13 files, and 4 of the same size read through
+    assert "auditing: 16 of 16" in shown.err  # 12 files, and 4 of the same size read through
+    assert "1 .wav" in shown.err, "what prepare would leave out is not counted, but told"
     written = json.loads((tmp_path / "audit.json").read_text())
-    assert written["files"] == 13 and len(written["by_file"]) == 13 and "13 files" in shown.out
+    assert written["files"] == written["sources"] == 12 and len(written["by_file"]) == 12 and "12 files" in shown.out
+    assert "seen by prepare alone" in " ".join(shown.out.split())
     for path, told in written["by_file"].items():
         assert (told["problem"] is None) == (f"unreadable: {path!r}" not in shown.out)
     assert (tmp_path / "audit.png").read_bytes()[:4] == b"\x89PNG"
@@ -139,6 +143,41 @@ def test_the_command_shows_writes_and_draws(pile: Path, tmp_path: Path, capsys: 
         (frame,) = image.decode(video=0)
     assert np.unique(frame.to_ndarray(format="gray")).size > 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["audit.json", "audit.png"]
+
+
+def test_sounds_count_where_prepare_would_take_them(pile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Red if the audit of a pile counts other files than prepare lists with the same options."""
+    for words, count in (([], 12), (["--missing-video", "keep-as-audio-only"], 13)):
+        assert cli.main(["prepare", str(pile), "--audit", "--workers", "2", *words]) == 0
+        assert f"{count} files" in capsys.readouterr().out
+        assert cli.main(["prepare", str(pile), "--dry-run", "--workers", "2", *words]) == 0
+        assert f"{count} sources" in capsys.readouterr().out
+
+
+def test_files_that_cannot_be_compared_are_told(pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a file that takes too long to read through, or goes away in between, passes for one without a copy."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "if 'xkd_fast.data.probe:digest' in sys.argv:\n"
+        "    import xkd_fast.data.probe as module\n"
+        "    original = module.digest\n"
+        "    def slow(path):\n"
+        "        if path.endswith('almost.mkv'): time.sleep(1000)\n"
+        "        return original(path + ('.gone' if path.endswith('a/good.mkv') else ''))\n"
+        "    module.digest = slow\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = audit(find_sources(pile), PrepareOptions(short_side=16, workers=2, seconds_per_file=3.0))
+    assert {Path(path).name: why.partition(":")[0] for path, why in found.not_compared.items()} == {
+        "almost.mkv": "timed out",
+        "good.mkv": "raised",
+    }
+    assert len(found.duplicates) == 1 and found.summary()["duplicates"]["not_compared"] == 2
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(audit_table(found))
+    assert "not compared" in shown.getvalue() and "not done after 3 s" in shown.getvalue()
+    write_json(found, tmp_path / "audit.json")
+    assert json.loads((tmp_path / "audit.json").read_text())["not_compared_files"] == found.not_compared
 
 
 def test_what_is_looked_at_is_not_overwritten(pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

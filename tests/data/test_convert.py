@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tests.data.media import PEAK, burst_times, bursts, noise, number_of, numbered, write_video
 from tests.data.zoo import set_display_matrix
-from xkd_fast.data.convert import Converted, ConvertTask, Skipped, convert, place_sound
+from xkd_fast.data.convert import Converted, ConvertTask, Skipped, convert
 from xkd_fast.data.decode import ClipDecoder, DecodeRequest
 from xkd_fast.data.encode import encode_flac, encode_video
 from xkd_fast.data.read_video import target_size
@@ -207,21 +207,6 @@ def test_sound_is_padded_and_cut_to_the_picture(tmp_path: Path, dali: ClipDecode
     waveform = decode(dali, converted(path))[1]
     assert len(waveform) == 2 * RATE
     np.testing.assert_array_equal(waveform != 0, np.arange(2 * RATE) < heard * RATE)
-
-
-@given(
-    pieces=st.lists(st.tuples(st.integers(-20, 30), st.integers(0, 25)), max_size=3),
-    samples=st.integers(0, 25),
-)
-def test_place_sound(pieces: list[tuple[int, int]], samples: int) -> None:
-    """Would catch an offset that wraps round: a negative index in numpy counts from the end."""
-    sounds = [(offset, np.arange(1, size + 1, dtype=np.int16) + 100 * n) for n, (offset, size) in enumerate(pieces)]
-    track = [0] * samples
-    for offset, sound in sounds:
-        for place, value in enumerate(sound, start=offset):
-            if 0 <= place < samples:
-                track[place] = value
-    np.testing.assert_array_equal(place_sound(sounds, samples), np.array(track, np.int16))
 
 
 def test_flac_holds_sound_of_its_own_rate_to_the_bit(tmp_path: Path, dali: ClipDecoder) -> None:

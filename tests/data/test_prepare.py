@@ -1,90 +1,37 @@
-"""From a folder of videos to shards: every source in its place or skipped for a reason, whatever interrupts."""
+"""From a folder of videos to shards: every source in its place or skipped for a reason, and wrong input named."""
 
 from __future__ import annotations
 
-import csv
-import fcntl
 import io
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 from rich.console import Console
 
-from tests.data.media import noise, number_of, numbered, write_video
-from xkd_fast.data.decode import ClipDecoder, DecodeRequest
-from xkd_fast.data.prepare import (
-    PLAN,
-    REPORT,
-    PrepareOptions,
-    PrepareReport,
-    prepare,
-    shuffle,
-)
-from xkd_fast.data.shards import MANIFEST, ShardSet, index_path
+from tests.data.piles import SMALL, contents, make_media, make_mixed, place, report_rows, run
+from xkd_fast.data.prepare import PLAN, PrepareOptions, prepare, shuffle, standing_shards
+from xkd_fast.data.shards import MANIFEST, ShardSet
 from xkd_fast.data.sources import VIDEO_SUFFIXES, Source, find_sources
-from xkd_fast.data.synthetic import SyntheticOptions, clip_path, render_clip, render_dataset
 from xkd_fast.errors import UserError
 
-SMALL = PrepareOptions(codec="mjpeg", short_side=16, samples_per_shard=3, workers=1)
 BAD_UTF8 = os.fsdecode(b"\xff\xfe")
-
-
-def run(source: Path, destination: Path, options: PrepareOptions = SMALL) -> PrepareReport:
-    return prepare(source, destination, options, console=Console(file=io.StringIO()))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def report_rows(destination: Path) -> dict[str, dict[str, str]]:
-    """Rows of report.csv by source; a source listed twice is an error."""
-    with open(destination / REPORT, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len({row["source"] for row in rows}) == len(rows)
-    return {row["source"]: row for row in rows}
 
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One good video, and one of every kind that a folder may hold besides."""
-    folder = tmp_path_factory.mktemp("media")
-    write_video(folder / "good.mkv", [numbered(k, 24, 32) for k in range(15)], sound=noise(0.6))
-    write_video(folder / "mute.mkv", [numbered(k, 24, 32) for k in range(15)])
-    write_video(folder / "silent.mkv", [numbered(k, 24, 32) for k in range(15)], sound=np.zeros(9600, np.int16))
-    write_video(folder / "short.mkv", [numbered(k, 24, 32) for k in range(4)], sound=noise(0.6))
-    (folder / "text.mkv").write_text("no video")
-    return folder
-
-
-def place(media: Path, root: Path, names: dict[str, str]) -> Path:
-    """A source folder: path below it → which of the media lies there."""
-    for name, kind in names.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(media / f"{kind}.mkv", root / name)
-    return root
+    return make_media(tmp_path_factory.mktemp("media"))
 
 
 @pytest.fixture(scope="module")
 def mixed(media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 sources in three classes and the root, four of them bad."""
-    names = {f"{name}/{number}.mkv": "good" for name in ("bark", "moo", "purr") for number in range(5)}
-    names |= {"bark/mute.mkv": "mute", "moo/text.mkv": "text", "purr/short.mkv": "short", "silent.mkv": "silent"}
-    names["root.mkv"] = "good"
-    return place(media, tmp_path_factory.mktemp("mixed") / "videos", names)
+    return make_mixed(media, tmp_path_factory.mktemp("mixed") / "videos")
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +224,37 @@ def test_no_video_that_can_be_used(media: Path, tmp_path: Path) -> None:
     assert {row["reason"] for row in report_rows(tmp_path / "shards").values()} == {"unreadable", "no_audio"}
 
 
+def test_a_folder_without_one_sample_can_be_prepared_anew(media: Path, tmp_path: Path) -> None:
+    """Would catch a folder that is lost to every other prepare since nothing in its first pile was usable."""
+    source, shards = place(media, tmp_path / "videos", {"a/1.mkv": "mute", "a/2.mkv": "mute"}), tmp_path / "shards"
+    many = PrepareOptions(**{**SMALL.content(), "samples_per_shard": 1})
+    with pytest.raises(UserError, match=r"none of 2 videos could be used.*with other options or sources"):
+        run(source, shards, many)
+    kept = PrepareOptions(**{**SMALL.content(), "missing_audio": "keep-as-video-only"})
+    assert standing_shards(find_sources(source), shards, kept) == 0
+    told = io.StringIO()
+    report = prepare(source, shards, kept, console=Console(file=told))
+    assert report.written == report.without_audio == 2 and "holds no sample; it is prepared anew" in told.getvalue()
+    prepare(source, tmp_path / "new", kept, console=Console(file=io.StringIO()))
+    assert contents(shards) == contents(tmp_path / "new")
+    with pytest.raises(UserError, match="was prepared with samples_per_shard = 3, this call asks for 1"):
+        run(source, shards, many)
+    (shards / MANIFEST).unlink()  # as after an interruption: samples stand
+    with pytest.raises(UserError, match="was prepared with samples_per_shard = 3, this call asks for 1"):
+        run(source, shards, many)
+
+
+def test_a_shard_whose_index_is_not_written_yet_is_not_thrown_away(media: Path, tmp_path: Path) -> None:
+    """Would catch samples deleted in a folder that only looks as if it held none."""
+    source = place(media, tmp_path / "videos", {"a/1.mkv": "good"})
+    run(source, tmp_path / "shards")
+    for path in (MANIFEST, "shard-000000.index.json"):
+        (tmp_path / "shards" / path).unlink()
+    with pytest.raises(UserError, match=r"was prepared with fps = 8\.0"):
+        run(source, tmp_path / "shards", PrepareOptions(**{**SMALL.content(), "fps": 4.0}))
+    assert (tmp_path / "shards" / "shard-000000.tar").exists()
+
+
 def test_a_destination_of_somebody_else(media: Path, tmp_path: Path) -> None:
     """Would catch shards strewn among other files."""
     source = place(media, tmp_path / "videos", {"a/1.mkv": "good"})
@@ -368,237 +346,3 @@ def test_wrong_options_are_named(change: dict[str, Any], words: str) -> None:
     """Would catch a wrong value that fails, or does harm, an hour later."""
     with pytest.raises(ValueError, match=words):
         PrepareOptions(**change)
-
-
-# ----------------------------------------------------------------------------------------------------------- interruptions
-
-
-SCRIPT = """
-import sys
-from xkd_fast.data.prepare import PrepareOptions, prepare
-prepare(sys.argv[1], sys.argv[2], PrepareOptions(codec="mjpeg", short_side=16, samples_per_shard=3, workers=1))
-"""
-
-
-def kill_when(source: Path, destination: Path, condition: Callable[[], bool]) -> None:
-    """Start a prepare and kill it as soon as the condition holds."""
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, source, destination], stdout=subprocess.DEVNULL)
-    while not condition() and process.poll() is None:
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
-
-
-def test_killed_at_three_moments_it_ends_with_the_same_files(mixed: Path, prepared: Path, tmp_path: Path) -> None:
-    """Would catch half a shard that counts, a finished one done again, and remains of what was cut off."""
-    shards = tmp_path / "shards"
-    kill_when(mixed, shards, lambda: (shards / PLAN).exists())
-    assert not list(shards.glob("*.tar"))
-    kill_when(mixed, shards, lambda: (shards / ".shard-000001.tar.partial").exists())
-    first = shards / "shard-000000.tar"
-    written = first.stat().st_mtime_ns
-    kill_when(mixed, shards, lambda: (shards / "shard-000004.tar").exists())
-    assert not (shards / MANIFEST).exists()
-    with pytest.raises(UserError, match="an interrupted prepare goes on when it is called again"):
-        ShardSet.open(shards)
-    report = run(mixed, shards)
-    assert 0 < report.converted_now < 20
-    assert first.stat().st_mtime_ns == written
-    assert contents(shards) == contents(prepared)
-
-
-def test_cut_off_before_its_plan_was_written(mixed: Path, prepared: Path, tmp_path: Path) -> None:
-    """Would catch a folder refused for ever because a kill left the plan's first half in it."""
-    (tmp_path / f".{PLAN}.partial").write_text("{")
-    run(mixed, tmp_path)
-    assert contents(tmp_path) == contents(prepared)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda tar: tar.unlink(),
-        lambda tar: os.truncate(tar, 1000),
-        lambda tar: index_path(tar).unlink(),
-        lambda tar: os.truncate(index_path(tar), 100),
-    ],
-    ids=["no tar", "half a tar", "no index", "half an index"],
-)
-def test_a_shard_that_went_missing_is_made_again(
-    mixed: Path, prepared: Path, tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
-    """Would catch a set that no call mends: reading says to prepare again, and preparing finds nothing to do."""
-    shutil.copytree(prepared, tmp_path / "shards")
-    damage(tmp_path / "shards" / "shard-000002.tar")
-    assert run(mixed, tmp_path / "shards").converted_now == 3
-    assert contents(tmp_path / "shards") == contents(prepared)
-
-
-def test_two_at_once(mixed: Path, tmp_path: Path) -> None:
-    """Would catch two runs that write into each other's shards."""
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)  # even against that, prepare asks for the folder to itself
-        with pytest.raises(UserError, match=f"another prepare is writing to {tmp_path}; wait for it"):
-            run(mixed, tmp_path)
-        assert list(tmp_path.iterdir()) == []
-    finally:
-        os.close(descriptor)
-
-
-def test_a_full_disk_is_told_and_mended(mixed: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Would catch a traceback, a broken shard left behind, and a run that cannot go on."""
-    calls = 0
-    fsync = os.fsync
-
-    def full(descriptor: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise OSError(28, "No space left on device")
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"preparing .* failed: No space left on device; mend that, then call again to go on"):
-        run(mixed, tmp_path / "shards")
-    monkeypatch.undo()
-    assert not list((tmp_path / "shards").glob(".*"))
-    assert 0 < run(mixed, tmp_path / "shards").converted_now < 20
-    assert contents(tmp_path / "shards") == contents(prepared)
-
-
-def test_a_source_that_hangs_is_skipped(mixed: Path, prepared: Path, tmp_path: Path) -> None:
-    """Would catch one bad file that holds up the other hundred thousand, and the neighbours' results lost with it."""
-    hooks = tmp_path / "hooks"
-    hooks.mkdir()
-    (hooks / "sitecustomize.py").write_text(
-        "import sys, time\n"
-        "if 'xkd_fast.data.convert:convert' in sys.argv:\n"
-        "    import os, xkd_fast.data.convert as convert\n"
-        "    original = convert._convert\n"
-        "    def slow(task):\n"
-        "        if task.path.endswith('moo/3.mkv'): time.sleep(1000)\n"
-        "        if task.path.endswith('purr/2.mkv'): os.abort()\n"
-        "        return original(task)\n"
-        "    convert._convert = slow\n"
-    )
-    options = PrepareOptions(**{**SMALL.content(), "workers": 2, "seconds_per_file": 4.0})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(hooks))
-        report = run(mixed, tmp_path / "shards", options)
-    assert report.skipped == Counter(timed_out=1, crashed=1, no_audio=1, silent_audio=1, too_short=1, unreadable=1)
-    rows, usual = report_rows(tmp_path / "shards"), report_rows(prepared)
-    assert (rows["moo/3.mkv"]["reason"], rows["purr/2.mkv"]["reason"]) == ("timed_out", "crashed")
-    assert "SIGABRT" in rows["purr/2.mkv"]["detail"]
-    for name in set(rows) - {"moo/3.mkv", "purr/2.mkv"}:
-        assert rows[name] == usual[name]
-
-
-# --------------------------------------------------------------------------------------------------------- picture and sound
-
-
-def decode_all(shards: ShardSet) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.float32]]]:
-    """Every sample's frames and sound as training decodes them, by source."""
-    decoder, decoded = ClipDecoder(batch_size=1, threads=1, codec=shards.codec), {}
-    for index in range(len(shards)):
-        sample = shards.read(index)
-        (clip,) = decoder([DecodeRequest(sample.key, sample.video, sample.audio, 0, int(shards.frames[index]))])
-        decoded[shards.details(index)["source"]] = (clip.frames.numpy(), clip.waveform.numpy())
-    return decoded
-
-
-def sudden(waveform: NDArray[np.float32], rate: int) -> NDArray[np.float64]:
-    """When a sound sets in after quiet, seconds: 5 ms that are 20 times as strong as each of the three before."""
-    window = rate // 200
-    power = (waveform[: len(waveform) // window * window].astype(float).reshape(-1, window) ** 2).mean(1)
-    found = [k for k in range(3, len(power)) if power[k] > max(0.01 * power.max(), 20 * power[k - 3 : k].max())]
-    return np.array(found) * window / rate
-
-
-def test_impacts_are_still_heard_when_they_are_seen(tmp_path: Path) -> None:
-    """Would catch a delay of H.264, AAC, MJPEG, FLAC or the decoders that parts sound from picture on the way to training."""
-    clean = SyntheticOptions(
-        clips_per_class=2, classes=("bounce",), seconds=(3.0, 3.5), background=0, video_noise=0, audio_noise=0, distractors=0
-    )
-    render_dataset(tmp_path / "videos", clean)
-    run(tmp_path / "videos", tmp_path / "shards", PrepareOptions(fps=16.0, short_side=96, workers=1))
-    decoded = decode_all(ShardSet.open(tmp_path / "shards"))
-    for index in range(2):
-        clip = render_clip("bounce", index, clean)
-        frames, waveform = decoded[str(clip_path("", "bounce", index))]
-        assert len(frames) == len(clip.frames) and len(waveform) == len(clip.waveform)
-        assert np.abs(frames.astype(float) - clip.frames).mean() < 6
-        moving = np.abs(frames - np.median(frames, axis=0)).sum(-1) > 60
-        rows = (moving * np.arange(frames.shape[1])[:, None]).sum((1, 2)) / moving.sum((1, 2))
-        lowest = np.array([k for k in range(1, len(rows) - 1) if rows[k] >= max(rows[k - 1], rows[k + 1])]) / 16
-        heard = [time for time in sudden(waveform, 16000) if 2 / 16 < time < (len(frames) - 2) / 16]
-        assert len(heard) >= 2
-        for time_heard in heard:
-            assert np.abs(clip.events - time_heard).min() < 0.01
-            assert np.abs(lowest - time_heard).min() <= 1 / 16 + 0.005
-
-
-BEGINNINGS = {"h264": (4, b"ftyp"), "vp9": (0, b"\x1aE\xdf\xa3"), "mosaic": (0, b"XKDMOS01"), "yuv": (0, b"XKDYUV01")}
-
-
-@pytest.mark.parametrize("codec", BEGINNINGS)
-def test_other_codecs_hold_the_same_samples(media: Path, tmp_path: Path, codec: Any) -> None:
-    """Would catch another codec's branch broken: its files, its quality, its frames."""
-    source = place(media, tmp_path / "videos", {"a/1.mkv": "good"})
-    run(source, tmp_path / "shards", PrepareOptions(codec=codec, short_side=16, workers=1))
-    shards = ShardSet.open(tmp_path / "shards")
-    begin, magic = BEGINNINGS[codec]
-    assert shards.codec == codec and shards.read(0).video[begin : begin + len(magic)].tobytes() == magic
-    assert shards.record(0).frames == 5
-    if codec != "h264":
-        ((frames, _),) = decode_all(shards).values()
-        assert [number_of(picture) for picture in frames] == [0, 3, 6, 9, 12]
-
-
-def test_auto_names_its_codec_and_keeps_to_it(media: Path, tmp_path: Path) -> None:
-    """Would catch "auto" in the manifest, a choice without a word, and a folder refused since it was begun with another."""
-    source = place(media, tmp_path / "videos", {"a/1.mkv": "good"})
-    auto = PrepareOptions(short_side=16, samples_per_shard=3, workers=1)
-
-    def told(folder: str, options: PrepareOptions) -> str:
-        shown = io.StringIO()
-        prepare(source, tmp_path / folder, options, console=Console(file=shown, width=40))
-        return "".join(line for line in shown.getvalue().splitlines(keepends=True) if line.startswith("codec"))
-
-    chosen = "codec auto: mosaic, which a CPU decodes faster than mjpeg and "
-    assert told("new", auto).startswith(chosen)
-    assert json.loads((tmp_path / "new" / MANIFEST).read_text())["codec"] == "mosaic"
-    assert json.loads((tmp_path / "new" / PLAN).read_text())["options"]["quality"] == 4
-    assert told("begun", SMALL) == ""
-    for folder, codec in (("new", "mosaic"), ("begun", "mjpeg")):
-        before = contents(tmp_path / folder)
-        assert told(folder, auto) == f"codec auto: {codec}, which {tmp_path / folder} was begun with\n"
-        assert contents(tmp_path / folder) == before
-    (tmp_path / "begun" / PLAN).write_text('{"options": {"codec": ["mjpeg"]}}')
-    with pytest.raises(UserError, match="was prepared in format None"):
-        told("begun", auto)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("XKD_TEST_MEDIA"), reason="XKD_TEST_MEDIA names no folder of real media")
-def test_real_media(tmp_path: Path) -> None:
-    """Would catch a kind of file from the wild that is refused, or that should be and is not."""
-    root = Path(os.environ["XKD_TEST_MEDIA"])
-    (tmp_path / "videos").mkdir()
-    for folder in ("odd", "video"):
-        (tmp_path / "videos" / folder).symlink_to(root / folder)
-    run(tmp_path / "videos", tmp_path / "shards", PrepareOptions(workers=2))
-    rows = report_rows(tmp_path / "shards")
-    expected = {name: "unreadable" for name in rows if name.startswith("odd/bad_")}
-    expected |= {"odd/bad_truncated.webm": "truncated", "odd/no_audio.mp4": "no_audio", "odd/audio_only.m4a": "no_video"}
-    expected |= {"video/flower.webm": "silent_audio", "video/stream-of-water-audioless.webm": "silent_audio"}
-    assert {name: row["reason"] for name, row in rows.items() if row["status"] == "skipped"} == expected
-    decoded = decode_all(ShardSet.open(tmp_path / "shards"))
-    assert len(decoded) == len(rows) - len(expected) >= 30
-    for name, (frames, waveform) in decoded.items():
-        assert min(frames.shape[1:3]) == 128 and len(waveform) == round(len(frames) / 8 * 16000), name
-        assert frames.std() > 5 and np.abs(waveform).max() > 1e-3, name
-    late, early = decoded["odd/audio_starts_1p5s_late.mp4"][1], decoded["odd/audio_shorter_2s_of_6s.mp4"][1]
-    assert not late[: 16000 + 7000].any() and late[16000 + 9000 :].any()
-    assert early[: 2 * 16000].any() and not early[2 * 16000 + 2048 :].any()
-    assert decoded["odd/portrait_270x480_25fps_aac44k_mono.mp4"][0].shape[1:3] == (228, 128)

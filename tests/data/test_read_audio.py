@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.data.media import Sound, numbered, write_video
-from xkd_fast.data.read_audio import mono_weights, read_audio
+from tests.data.media import Sound, decoded_flac, numbered, write_video
+from xkd_fast.data.read_audio import mono_weights
+from xkd_fast.data.sound_track import take_sound
 from xkd_fast.data.source_file import Skip
+from xkd_fast.data.spool import Spool
 
 RATE = 16000
 PICTURES = [numbered(k) for k in range(5)]
@@ -23,9 +25,9 @@ EDGE = 200  # samples at either end, where the filter meets silence
 def read(folder: Path, *tracks: Sound, suffix: str = "mkv") -> NDArray[np.float64]:
     """The sound of a file with these tracks, full scale 1."""
     path = write_video(folder / f"video.{suffix}", PICTURES, sounds=tracks, codecs=("libx264", ""))
-    ((start, sound),) = read_audio(str(path), RATE)
-    assert start == tracks[0].start
-    return sound / 32768
+    track = take_sound(str(path), RATE, spool=Spool())
+    assert track is not None and track.start == track.begins == tracks[0].start
+    return decoded_flac(track.flac) / 32768
 
 
 def sweep(seconds: float, rate: int, low: float, high: float, level: float = 0.5) -> NDArray[np.float32]:

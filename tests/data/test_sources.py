@@ -99,6 +99,14 @@ def test_plain_lines_are_paths(media: Path, tmp_path: Path) -> None:
     assert sources.classes == [] and run(sources, tmp_path / "shards").written == 3
 
 
+def test_a_folder_in_a_list_is_told_as_one(media: Path, tmp_path: Path) -> None:
+    """Red if a line that names a folder ends the run, or in a reason that nobody understands."""
+    (tmp_path / "folder.mp4").mkdir()
+    report = run(read_list(write(tmp_path, f"path\n{media}/a.mkv\nfolder.mp4\n")), tmp_path / "shards")
+    assert (report.written, report.skipped) == (1, {"unreadable": 1})
+    assert rows(tmp_path / "shards")["folder.mp4"]["detail"].startswith("a folder, not a file; list the files in it")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import get_args
 
@@ -15,10 +17,12 @@ from rich.console import Console
 
 from tests.data.media import number_of
 from tests.data.zoo import SECONDS_PER_FILE, ZOO, Animal, fill
+from xkd_fast.data.audit import audit
 from xkd_fast.data.decode import ClipDecoder, DecodeRequest
 from xkd_fast.data.prepare import REPORT, PrepareOptions, prepare
 from xkd_fast.data.shards import ShardSet
 from xkd_fast.data.source_file import Reason
+from xkd_fast.data.sources import find_sources
 
 EIGHT_OF_A_SECOND = [25 * k // 8 for k in range(8)]  # numbers of the pictures seen at k / 8 s
 
@@ -27,12 +31,18 @@ def as_reported(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+OPTIONS = PrepareOptions(short_side=16, samples_per_shard=50, workers=2, seconds_per_file=SECONDS_PER_FILE)
+
+
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = fill(tmp_path_factory.mktemp("zoo"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fill(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     destination = tmp_path_factory.mktemp("shards")
-    options = PrepareOptions(short_side=16, samples_per_shard=50, workers=2, seconds_per_file=SECONDS_PER_FILE)
-    prepare(folder, destination, options, console=Console(file=io.StringIO()))
+    prepare(folder, destination, OPTIONS, console=Console(file=io.StringIO()))
     return destination
 
 
@@ -56,6 +66,23 @@ def test_every_kind_of_file_gets_its_verdict(rows: list[dict[str, str]], animal:
 def test_nothing_else_is_reported(rows: list[dict[str, str]]) -> None:
     """Red if a name is listed that no source has, such as half of one with a line break."""
     assert sorted(row["source"] for row in rows) == sorted(as_reported(animal.name) for animal in ZOO)
+
+
+HEARD = {"written": "heard", "silent_audio": "silent", "no_audio": "none"}  # what the audit says of what prepare says
+
+
+def test_the_audit_says_of_sound_what_prepare_says(folder: Path, rows: list[dict[str, str]]) -> None:
+    """Red if the audit has another measure of silence: sound after the picture, channels that cancel, what is too high."""
+    found = audit(find_sources(folder, OPTIONS.suffixes), OPTIONS)
+    assert found.sources == len(found.files) == len(rows)
+    verdicts = {row["source"]: row["reason"] or row["status"] for row in rows}
+    said = {as_reported(os.path.relpath(path, folder)): probe for path, probe in found.files.items()}
+    judged = {name for name, verdict in verdicts.items() if verdict in HEARD}
+    assert {name: said[name].sound for name in judged} == {name: HEARD[verdicts[name]] for name in judged}
+    assert Counter(said[name].sound for name in judged).keys() == {"heard", "silent", "none"}
+    for name, probe in said.items():
+        assert probe.problem is None or verdicts[name] == "unreadable", name
+        assert (probe.problem is None and probe.video is None) == (verdicts[name] == "no_video"), name
 
 
 def test_what_was_written_shows_and_sounds(shards: Path) -> None:

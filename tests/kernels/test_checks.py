@@ -207,25 +207,6 @@ def test_forward_mode_is_refused_by_kernels():
     assert tangent.abs().max() > 0
 
 
-DIFFERENTIATED = {
-    "packed_attention": (lambda x: X.packed_attention(x, [(2, 5)], backend="triton"), QKV),
-    "cls_attention": (lambda x: X.cls_attention(x, [(2, 5)], backend="triton"), QKV),
-    "residual_layer_norm": (lambda x: X.residual_layer_norm(x, ROWS, ONES, ZEROS, backend="triton")[1], ROWS),
-    "bias_gelu": (lambda x: X.bias_gelu(x, ZEROS, backend="triton"), ROWS),
-    "gather_patches": (lambda x: X.gather_patches(x, IDS, PATCH, backend="triton"), CLIP.float()),
-}
-
-
-@pytest.mark.parametrize("name", DIFFERENTIATED)
-def test_second_derivatives_are_refused_by_kernels(name):
-    """Catches second derivatives that are silently 0, or those of half of the operator."""
-    call, x = DIFFERENTIATED[name]
-    x = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=f"{name}_backward"):
-        gradient.sum().backward()
-
-
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_other_lengths_and_widths_compile_again(backend):
     """Catches a graph break, or an error, at the second shape that a compiled program meets."""

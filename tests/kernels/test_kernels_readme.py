@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -12,12 +11,10 @@ import torch
 import xkd_kernels
 from benchmarks import roofline
 
-ROOT = Path(__file__).parents[2]
-
 
 def test_example_runs():
     """Catches an example that the operators have left behind, or an operator without one."""
-    text = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "kernels" / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names: dict = {}
     exec(example, names)
@@ -37,14 +34,6 @@ def test_example_runs():
     named = {name.removeprefix("naive_") for name in xkd_kernels.__all__ if name.startswith("naive_")}
     operators = {name if name in xkd_kernels.__all__ else f"{name}_" for name in named}  # those that write in place
     assert all(f"X.{name}(" in example and f"`{name}`" in text for name in operators)
-
-
-def test_what_a_gpu_has_measured_is_told():
-    """Catches a README that knows nothing of a committed measurement, above all of one that a kernel has lost."""
-    text = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
-    for path in (ROOT / "benchmarks" / "results").glob("attention_nvidia_*.json"):
-        for took in json.loads(path.read_text(encoding="utf-8"))["seconds_per_step"].values():
-            assert f"{took['triton'] / took['sdpa']:.2f}" in text, f"{path.name} is not told"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the floors are counted as where there is no GPU")

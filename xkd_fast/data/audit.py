@@ -13,7 +13,7 @@ from typing import Any
 
 from xkd_fast.data.estimate import Estimate, estimate
 from xkd_fast.data.prepare import PrepareOptions, processors
-from xkd_fast.data.probe import Probe
+from xkd_fast.data.probe import Probe, ProbeTask
 from xkd_fast.data.sources import SourceSet
 from xkd_fast.data.workers import require_workers, run_tasks
 from xkd_fast.files import write_aside
@@ -30,6 +30,8 @@ class Audit:
     sizes: dict[str, int]  # bytes
     missing: list[str]  # names of sources without a file
     duplicates: list[list[str]]  # paths of files of the same bytes
+    not_compared: dict[str, str]  # why files that have others of their size could not be read through, by path
+    sources: int  # as prepare would list them: files, and parts of files
     estimate: Estimate | None  # None where no file is there
 
     @property
@@ -59,6 +61,7 @@ class Audit:
         """The figures, for JSON."""
         seconds, surplus = self.seconds, [path for group in self.duplicates for path in group[1:]]
         return {
+            "sources": self.sources,
             "files": len(self.files),
             "bytes": sum(size for size in self.sizes.values() if size > 0),
             "readable": len(self.readable),
@@ -68,6 +71,7 @@ class Audit:
                 "groups": len(self.duplicates),
                 "surplus_files": len(surplus),
                 "surplus_bytes": sum(self.sizes[path] for path in surplus),
+                "not_compared": len(self.not_compared),
             },
             "without_picture": sum(probe.video is None for probe in self.readable),
             "sound": dict(Counter(probe.sound for probe in self.readable)),
@@ -103,7 +107,8 @@ def audit(
 ) -> Audit:
     """Open every file in worker processes, with a time limit for each, and look for files of the same bytes.
 
-    Only files of the same size are read through for that. Nothing is written.
+    Only files of the same size are read through for that. Sound is judged as `prepare` does, on the track that a shard would
+    hold; that pictures are lacking or damaged inside a file is seen by `prepare` alone. Nothing is written.
 
     Args:
         sources: the pile.
@@ -124,10 +129,10 @@ def audit(
     twins = [path for group in alike.values() if len(group) > 1 for path in group]
     total, done = len(sizes) + len(twins), 0
 
-    def run(function: str, paths: Sequence[str]) -> dict[str, Any]:
+    def run(function: str, paths: Sequence[str], tasks: Sequence[Any]) -> dict[str, Any]:
         nonlocal done
         found: dict[str, Any] = {}
-        with contextlib.closing(run_tasks(function, paths, workers=workers, seconds=options.seconds_per_file)) as outcomes:
+        with contextlib.closing(run_tasks(function, tasks, workers=workers, seconds=options.seconds_per_file)) as outcomes:
             for outcome in outcomes:
                 problem = f"{(outcome.failure or '').replace('_', ' ')}: {outcome.detail}"
                 found[paths[outcome.index]] = outcome.result if outcome.failure is None else Probe(problem)
@@ -135,16 +140,22 @@ def audit(
                 progress(done, total)
         return {path: found[path] for path in paths}
 
-    files = run("xkd_fast.data.probe:probe", list(sizes))
+    tasks = [ProbeTask(path, options.fps, options.sample_rate) for path in sizes]
+    files = run("xkd_fast.data.probe:probe", list(sizes), tasks)
     same: dict[str, list[str]] = defaultdict(list)
-    for path, content in run("xkd_fast.data.probe:digest", twins).items():
-        if isinstance(content, str):
+    not_compared: dict[str, str] = {}
+    for path, content in run("xkd_fast.data.probe:digest", twins, twins).items():
+        if isinstance(content, Probe):
+            not_compared[path] = content.problem or ""
+        else:
             same[content].append(path)
     return Audit(
         files=files,
         sizes=sizes,
         missing=[source.name for source in sources.missing],
         duplicates=sorted(group for group in same.values() if len(group) > 1),
+        not_compared=not_compared,
+        sources=len(sources.sources),
         estimate=estimate(sources, options) if sizes else None,
     )
 
@@ -152,7 +163,6 @@ def audit(
 def write_json(found: Audit, path: Path) -> None:
     """Write the summary, and what was found of every file, as JSON; replaces ``path`` in one step."""
     files = {name: {"bytes": found.sizes[name], **asdict(probe)} for name, probe in found.files.items()}
-    text = json.dumps(
-        {**found.summary(), "missing_files": found.missing, "duplicate_files": found.duplicates, "by_file": files}, indent=2
-    )
+    lists = {"missing_files": found.missing, "duplicate_files": found.duplicates, "not_compared_files": found.not_compared}
+    text = json.dumps({**found.summary(), **lists, "by_file": files}, indent=2)
     write_aside(path, text.encode())

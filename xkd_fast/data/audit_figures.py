@@ -26,6 +26,7 @@ TITLES = {
     "sound": "sound",
 }
 PANELS = ("video", "side", "fps", "sample_rate", "channels")
+LIMITS = "Pictures that are lacking or damaged inside a file are seen by prepare alone, which decodes all of them."
 FORMATS = ("png", "svg", "pdf")
 
 
@@ -46,7 +47,8 @@ def _size(count: float) -> str:
 def audit_table(found: Audit) -> Table:
     """The figures for a terminal."""
     told = found.summary()
-    table = Table(title=f"{told['files']} files, {_size(told['bytes'])}", show_header=False)
+    parts = f", named {told['sources']} times" if told["sources"] - told["missing"] != told["files"] else ""
+    table = Table(title=f"{told['files']} files{parts}, {_size(told['bytes'])}", show_header=False, caption=LIMITS)
     table.add_column()
     table.add_column(overflow="fold")
     table.add_row("readable", str(told["readable"]))
@@ -62,6 +64,10 @@ def audit_table(found: Audit) -> Table:
         table.add_row("lengths", f"{span}; {_length(lengths['total'])} in all")
     twins = told["duplicates"]
     table.add_row("the same bytes twice", f"{twins['surplus_files']} surplus files, {_size(twins['surplus_bytes'])}")
+    if found.not_compared:
+        reasons = Counter(found.not_compared.values())
+        why = "; ".join(f"{count} × {escape(reason)}" for reason, count in _most(reasons))
+        table.add_row("not compared, for they cannot be read through", why)
     if found.estimate is not None:
         estimate = found.estimate
         skipped = ", ".join(f"{count} {reason}" for reason, count in estimate.skipped.items())

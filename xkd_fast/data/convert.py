@@ -5,21 +5,15 @@ Runs in a worker process (`xkd_fast.data.workers`), because a damaged file may h
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import av
-import numpy as np
-from numpy.typing import NDArray
 
-from xkd_fast.data.encode import VideoEncoder, encode_flac
-from xkd_fast.data.read_audio import place_sound, read_audio
+from xkd_fast.data.encode import VideoEncoder
 from xkd_fast.data.read_video import VideoReader
-from xkd_fast.data.segment import segment_bounds
-from xkd_fast.data.source_file import Skip, Skipped, audio_stream, open_source, promised_seconds, video_stream
-
-# Peaks of coding noise in what was digital silence before a lossy encoder.
-SILENCE = 3  # of 32768
+from xkd_fast.data.sound_track import SoundTrack, take_sound
+from xkd_fast.data.source_file import Skip, Skipped, audio_stream, open_source, promised_seconds, require_file, video_stream
+from xkd_fast.data.spool import Payload, Spool
 
 
 @dataclass(frozen=True)
@@ -37,14 +31,15 @@ class ConvertTask:
     end: float | None = None  # seconds; None = to its end
     without_sound: bool = False  # a video without sound becomes a sample without audio, instead of being skipped
     without_picture: bool = False  # a sound without picture becomes a sample without video, instead of being skipped
+    spool: str | None = None  # long streams go into files whose paths begin like this; None = they stay in memory
 
 
 @dataclass(frozen=True)
 class Converted:
     """A sample's encoded streams and their sizes."""
 
-    video: bytes | None  # None = the source has no picture; then frames, height and width are 0
-    audio: bytes | None  # None = the source has no sound; then samples is 0
+    video: Payload | None  # None = the source has no picture; then frames, height and width are 0
+    audio: Payload | None  # None = the source has no sound; then samples is 0
     frames: int
     samples: int  # of audio
     height: int
@@ -65,12 +60,10 @@ def convert(task: ConvertTask) -> Converted | Skipped:
 
 
 def _convert(task: ConvertTask) -> Converted:
-    if not os.path.isfile(task.path):
-        raise Skip("unreadable", "no regular file, or a link that leads nowhere")
+    require_file(task.path)
     with open_source(task.path) as container:
         has_picture, has_sound = video_stream(container) is not None, audio_stream(container) is not None
         promised = promised_seconds(container)
-        first, last = segment_bounds(container, task.start, task.end)
     if not has_picture and not (has_sound and task.without_picture):
         raise Skip("no_video")
     if not has_sound and not task.without_sound:
@@ -78,64 +71,67 @@ def _convert(task: ConvertTask) -> Converted:
     partial = task.start is not None or task.end is not None
     part = (promised if task.end is None else min(promised, task.end)) - (task.start or 0.0)
     if not has_picture:
-        return _convert_sound(task, first, last, part)
+        return _convert_sound(task, part)
     reader = VideoReader(task.path, task.fps, task.short_side, task.start, task.end)
     film: VideoEncoder | None = None
     for picture, frames in reader:
-        film = film or VideoEncoder(task.codec, task.fps, task.quality, picture.shape[1], picture.shape[0])
+        if film is None:
+            height, width, _ = picture.shape
+            film = VideoEncoder(task.codec, task.fps, task.quality, width, height, _spool(task, "video"))
         film.add(picture, frames)
     assert film is not None, "a reader without pictures raises"
     start, seconds = reader.start, reader.seconds
     if seconds < task.min_seconds:
         raise Skip("too_short", f"{seconds:.2f} s of picture, at least {task.min_seconds:g} s are asked for")
-    pieces = _sound_of(task) if has_sound else []
-    if not pieces and not task.without_sound:
+    sound = _sound_under(task, start, samples_of(film.frames, task.fps, task.sample_rate)) if has_sound else None
+    if sound is None and not task.without_sound:
         raise Skip("no_audio", "the audio stream holds no sound")
-    audio_start = pieces[0][0] if pieces else start
-    audio_end = pieces[-1][0] + pieces[-1][1].size / task.sample_rate if pieces else start
+    audio_start, audio_end = (start, start) if sound is None else (sound.start, sound.end)
     # Matroska promises an end, not a length
     read = seconds if partial else max(seconds + start, audio_end) - min(start, audio_start, 0.0)
     _require_whole(read, part)
-    samples = round(film.frames / task.fps * task.sample_rate)
-    waveform = place_sound([(round((time - start) * task.sample_rate), sound) for time, sound in pieces], samples)
-    heard = _is_heard(waveform)
+    heard = sound is not None and sound.heard
     if not heard and not task.without_sound:
         raise Skip("silent_audio", "no sample under the picture is above -80 dB of full scale")
-    audio, offset = encode_flac(waveform, task.sample_rate) if heard else None, round(audio_start - start, 6)
-    return Converted(film.finish(), audio, film.frames, samples if heard else 0, film.height, film.width, offset)
+    audio, samples = (sound.flac, sound.samples) if sound is not None and heard else (None, 0)
+    offset = round(audio_start - start, 6)
+    return Converted(film.finish(), audio, film.frames, samples, film.height, film.width, offset)
 
 
-def _sound_of(task: ConvertTask) -> list[tuple[float, NDArray[np.int16]]]:
-    """The sound's pieces; none where it is silent and that is no reason to skip the source."""
+def samples_of(frames: int, fps: float, sample_rate: int) -> int:
+    """How many samples of sound belong to so many frames."""
+    return round(frames / fps * sample_rate)
+
+
+def _spool(task: ConvertTask, name: str) -> Spool:
+    return Spool(None if task.spool is None else f"{task.spool}.{name}")
+
+
+def _sound_under(task: ConvertTask, begins: float, samples: int) -> SoundTrack | None:
+    """The sound under the picture; None where there is none, or it is silent and that is no reason to skip the source."""
+    spool = _spool(task, "audio")
     try:
-        return read_audio(task.path, task.sample_rate, task.start, task.end)
+        return take_sound(task.path, task.sample_rate, task.start, task.end, under=(begins, samples), spool=spool)
     except Skip as skip:
         if skip.skipped.reason != "silent_audio" or not task.without_sound:
             raise
-        return []
+        return None
 
 
-def _convert_sound(task: ConvertTask, first: float, last: float, promised: float) -> Converted:
-    """A sample of a source without picture: its sound from ``first`` to ``last``, by the file's clock."""
-    pieces = read_audio(task.path, task.sample_rate, task.start, task.end)
-    if not pieces:
+def _convert_sound(task: ConvertTask, promised: float) -> Converted:
+    """A sample of a source without picture."""
+    sound = take_sound(task.path, task.sample_rate, task.start, task.end, spool=_spool(task, "audio"))
+    if sound is None:
         raise Skip("no_audio", "no sound lies in the part asked for, or in the audio stream")
-    start = max(first, pieces[0][0])
-    seconds = min(last, pieces[-1][0] + pieces[-1][1].size / task.sample_rate) - start
+    seconds = sound.samples / task.sample_rate
     if seconds < max(task.min_seconds, 1 / task.sample_rate):
         raise Skip("too_short", f"{seconds:.2f} s of sound, at least {task.min_seconds:g} s are asked for")
     _require_whole(seconds, promised)
-    places = [(round((time - start) * task.sample_rate), sound) for time, sound in pieces]
-    waveform = place_sound(places, round(seconds * task.sample_rate))
-    if not _is_heard(waveform):
+    if not sound.heard:
         raise Skip("silent_audio", "no sample is above -80 dB of full scale")
-    return Converted(None, encode_flac(waveform, task.sample_rate), 0, waveform.size, 0, 0, 0.0)
+    return Converted(None, sound.flac, 0, sound.samples, 0, 0, 0.0)
 
 
 def _require_whole(read: float, promised: float) -> None:
     if read < 0.9 * promised - 0.5:
         raise Skip("truncated", f"{read:.2f} s could be read of the {promised:.2f} s that the file promises")
-
-
-def _is_heard(waveform: NDArray[np.int16]) -> bool:
-    return bool((np.abs(waveform.astype(np.int32)) > SILENCE).any())

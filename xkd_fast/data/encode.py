@@ -1,12 +1,11 @@
 """Frames and sound into the streams that shards hold. Same input, same bytes, however many processors there are.
 
-Frames are encoded as they come, so a long video takes the memory of its encoded bytes and of the few frames that an encoder
-looks ahead.
+Frames and sound are encoded as they come, and what is encoded lies in a file where it is long (`xkd_fast.data.spool`), so a
+long video takes the memory of the few frames that an encoder looks ahead.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, Protocol
@@ -16,8 +15,9 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from xkd_fast.data.packed import aligned, mosaic_grid, pack_mosaic, yuv_header
+from xkd_fast.data.packed import aligned, mosaic_grid, mosaic_header, yuv_header
 from xkd_fast.data.read_video import SCALING
+from xkd_fast.data.spool import Payload, Spool, chunks, discard
 
 FULL_RANGE, LIMITED_RANGE = "yuvj420p", "yuv420p"  # BT.601, chroma of half the height and width
 GREY = 128
@@ -33,21 +33,23 @@ class VideoEncoder:
         quality: on the codec's own scale; ignored where it has none.
         width: of the frames, pixels, even.
         height: likewise.
+        spool: takes the file; None = memory.
     """
 
-    def __init__(self, codec: str, fps: float, quality: int, width: int, height: int) -> None:
+    def __init__(self, codec: str, fps: float, quality: int, width: int, height: int, spool: Spool | None = None) -> None:
         assert width % 2 == height % 2 == 0, f"4:2:0 holds no {width} × {height}"
         self._pixels = LIMITED_RANGE if codec in ("h264", "vp9") else FULL_RANGE
         self.width, self.height = width, height
         self.frames = 0  # added so far
         self._reformatter = VideoReformatter()
+        spool = spool or Spool()
         self._file: _Writer
         if codec == "mosaic":
-            self._file = _MosaicWriter(fps, quality, width, height)
+            self._file = _MosaicWriter(fps, quality, width, height, spool)
         elif codec == "yuv":
-            self._file = _YuvWriter(width, height)
+            self._file = _YuvWriter(width, height, spool)
         else:
-            self._file = _StreamWriter(codec, fps, quality, width, height)
+            self._file = _StreamWriter(codec, fps, quality, width, height, spool)
 
     def add(self, picture: NDArray[np.uint8], times: int = 1) -> None:
         """Append a frame [H, W, 3] uint8, red, green, blue, that is shown ``times`` times."""
@@ -55,8 +57,8 @@ class VideoEncoder:
         self._file.add(self._reformatter.reformat(frame, format=self._pixels, interpolation=SCALING, threads=1), times)
         self.frames += times
 
-    def finish(self) -> bytes:
-        """The file; nothing can be added any more. There must be a frame."""
+    def finish(self) -> Payload:
+        """The file: bytes, unless it was too long for memory; nothing can be added any more. There must be a frame."""
         return self._file.finish()
 
 
@@ -67,25 +69,30 @@ def encode_video(pictures: Iterable[NDArray[np.uint8]], codec: str, fps: float, 
         encoder = encoder or VideoEncoder(codec, fps, quality, picture.shape[1], picture.shape[0])
         encoder.add(picture)
     assert encoder is not None, "no frames"
-    return encoder.finish()
+    return _in_memory(encoder.finish())
+
+
+def _in_memory(payload: Payload) -> bytes:
+    assert isinstance(payload, bytes), "a spool without a path keeps all in memory"
+    return payload
 
 
 class _Writer(Protocol):
     def add(self, frame: Any, times: int) -> None: ...
 
-    def finish(self) -> bytes: ...
+    def finish(self) -> Payload: ...
 
 
 class _StreamWriter:
     """MJPEG in AVI, H.264 in MP4, or VP9 in WebM, the latter two with a key frame a second."""
 
-    def __init__(self, codec: str, fps: float, quality: int, width: int, height: int) -> None:
-        self._buffer = io.BytesIO()
+    def __init__(self, codec: str, fps: float, quality: int, width: int, height: int, spool: Spool) -> None:
+        self._spool = spool
         self._rate = Fraction(fps).limit_denominator(1000)
         self._number = 0
         form = {"mjpeg": "avi", "h264": "mp4", "vp9": "webm"}[codec]
         # WebM's numbers of file and track are random without this flag
-        self._container = av.open(self._buffer, "w", format=form, options={"fflags": "+bitexact"} if codec == "vp9" else {})
+        self._container = av.open(spool, "w", format=form, options={"fflags": "+bitexact"} if codec == "vp9" else {})
         self._stream: Any
         if codec == "mjpeg":
             self._stream = self._container.add_stream("mjpeg", rate=self._rate)
@@ -112,20 +119,22 @@ class _StreamWriter:
             self._container.mux(self._stream.encode(frame))
             self._number += 1
 
-    def finish(self) -> bytes:
+    def finish(self) -> Payload:
         self._container.mux(self._stream.encode(None))
         self._container.close()
-        return self._buffer.getvalue()
+        return self._spool.take()
 
 
 class _MosaicWriter:
     """JPEGs of many frames each, in the format of `xkd_fast.data.packed`."""
 
-    def __init__(self, fps: float, quality: int, width: int, height: int) -> None:
+    def __init__(self, fps: float, quality: int, width: int, height: int, spool: Spool) -> None:
+        self._spool = spool
         self._quality, self._width, self._height = quality, width, height
         self._grid = mosaic_grid(height, width, fps)
         self._frames = 0
-        self._jpegs: list[bytes] = []
+        self._lengths: list[int] = []  # of the JPEGs, bytes; they come first in the file, so the JPEGs wait
+        self._jpegs = Spool(None if spool.path is None else f"{spool.path}.jpegs")
         self._tiles: list[tuple[NDArray[np.uint8], ...]] = []  # planes of those that wait for their JPEG
 
     def add(self, frame: Any, times: int) -> None:
@@ -150,34 +159,41 @@ class _MosaicWriter:
             for whole, part in zip(planes(canvas), tile, strict=True):
                 tall, wide = part.shape
                 whole[row * tall : (row + 1) * tall, column * wide : (column + 1) * wide] = part
-        self._jpegs.append(_jpeg(canvas, self._quality))
+        jpeg = _jpeg(canvas, self._quality)
+        self._lengths.append(len(jpeg))
+        self._jpegs.write(jpeg)
         self._tiles.clear()
 
-    def finish(self) -> bytes:
+    def finish(self) -> Payload:
         if self._tiles:
             self._end_jpeg()
-        return pack_mosaic(self._frames, self._height, self._width, self._grid, self._jpegs)
+        self._spool.write(mosaic_header(self._frames, self._height, self._width, self._grid, self._lengths))
+        jpegs = self._jpegs.take()
+        for data in chunks(jpegs):
+            self._spool.write(data)
+        discard(jpegs)
+        return self._spool.take()
 
 
 class _YuvWriter:
     """Raw planes, in the format of `xkd_fast.data.packed`."""
 
-    def __init__(self, width: int, height: int) -> None:
+    def __init__(self, width: int, height: int, spool: Spool) -> None:
         self._width, self._height = width, height
         self._frames = 0
-        self._buffer = io.BytesIO(yuv_header(0, height, width))
-        self._buffer.seek(0, io.SEEK_END)
+        self._spool = spool
+        spool.write(yuv_header(0, height, width))
 
     def add(self, frame: Any, times: int) -> None:
         data = frame.to_ndarray().tobytes()
         for _ in range(times):
-            self._buffer.write(data)
+            self._spool.write(data)
             self._frames += 1
 
-    def finish(self) -> bytes:
-        self._buffer.seek(0)
-        self._buffer.write(yuv_header(self._frames, self._height, self._width))
-        return self._buffer.getvalue()
+    def finish(self) -> Payload:
+        self._spool.seek(0)
+        self._spool.write(yuv_header(self._frames, self._height, self._width))
+        return self._spool.take()
 
 
 def plane_sizes(height: int, width: int) -> tuple[tuple[int, int], ...]:
@@ -205,13 +221,31 @@ def _jpeg(canvas: NDArray[np.uint8], quality: int) -> bytes:
     return b"".join(bytes(packet) for sent in (frame, None) for packet in encoder.encode(sent))
 
 
+class FlacEncoder:
+    """Encodes mono sound as a FLAC file, one block after the other."""
+
+    def __init__(self, sample_rate: int, spool: Spool) -> None:
+        self._spool, self._rate = spool, sample_rate
+        self._container = av.open(spool, "w", format="flac")
+        self._stream: Any = self._container.add_stream("flac", rate=sample_rate, layout="mono")
+        self._samples = 0  # so far
+
+    def add(self, sound: NDArray[np.int16]) -> None:
+        """Append a block [samples] int16, at least one."""
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound)[None], format="s16", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = self._rate, self._samples, Fraction(1, self._rate)
+        self._container.mux(self._stream.encode(frame))
+        self._samples += sound.size
+
+    def finish(self) -> Payload:
+        """The file; nothing can be added any more."""
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        return self._spool.take()
+
+
 def encode_flac(waveform: NDArray[np.int16], sample_rate: int) -> bytes:
-    """Mono int16 sound as a FLAC file in memory."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="flac") as container:
-        stream: Any = container.add_stream("flac", rate=sample_rate, layout="mono")
-        frame = av.AudioFrame.from_ndarray(waveform[None], format="s16", layout="mono")
-        frame.sample_rate, frame.pts = sample_rate, 0
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
+    """Mono sound [samples] int16 as a FLAC file in memory."""
+    encoder = FlacEncoder(sample_rate, Spool())
+    encoder.add(waveform)
+    return _in_memory(encoder.finish())

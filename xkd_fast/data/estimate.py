@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from xkd_fast.data.convert import Converted, ConvertTask, Skipped, convert
 from xkd_fast.data.prepare import PrepareOptions, choose_codec, convert_task, processors, shards_of, shuffle
 from xkd_fast.data.sources import SourceSet
+from xkd_fast.data.spool import discard, size_of
 from xkd_fast.data.workers import require_workers, run_tasks
 
 TRIED = 12  # sources converted for an estimate
@@ -47,7 +49,12 @@ def try_source(task: ConvertTask) -> Trial:
     if isinstance(result, Skipped):
         return Trial(seconds, 0, result.reason)
     assert isinstance(result, Converted)
-    return Trial(seconds, len(result.video or b"") + len(result.audio or b"") + MEMBER_OVERHEAD, None)
+    size = MEMBER_OVERHEAD
+    for stream in (result.video, result.audio):
+        if stream is not None:
+            size += size_of(stream)
+            discard(stream)
+    return Trial(seconds, size, None)
 
 
 def estimate(sources: SourceSet, options: PrepareOptions, *, destination: Path | None = None, tried: int = TRIED) -> Estimate:
@@ -63,14 +70,18 @@ def estimate(sources: SourceSet, options: PrepareOptions, *, destination: Path |
     require_workers(workers)
     present = sources.present
     chosen = shuffle(present, options.seed + 1)[:tried]
-    outcomes = run_tasks(
-        "xkd_fast.data.estimate:try_source",
-        [convert_task(source, options) for source in chosen],
-        workers=min(workers, len(chosen)) or 1,
-        seconds=options.seconds_per_file,
-    )
     size, seconds, skipped = 0, 0.0, Counter[str]()
-    with contextlib.closing(outcomes):
+    with (
+        tempfile.TemporaryDirectory(prefix="xkd-fast-") as spools,
+        contextlib.closing(
+            run_tasks(
+                "xkd_fast.data.estimate:try_source",
+                [convert_task(source, options, Path(spools) / str(number)) for number, source in enumerate(chosen)],
+                workers=min(workers, len(chosen)) or 1,
+                seconds=options.seconds_per_file,
+            )
+        ) as outcomes,
+    ):
         for outcome in outcomes:
             trial = outcome.result
             if outcome.failure is not None:

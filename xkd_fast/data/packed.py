@@ -99,8 +99,12 @@ class Mosaic:
 
 def pack_mosaic(frames: int, height: int, width: int, grid: tuple[int, int], jpegs: Sequence[bytes]) -> bytes:
     """A mosaic file of ``jpegs``, tiled as ``grid`` = (columns, rows) says."""
-    header = _MOSAIC_HEADER.pack(_MOSAIC, frames, height, width, *grid)
-    return b"".join([header, struct.pack(f"<{len(jpegs)}I", *map(len, jpegs)), *jpegs])
+    return b"".join([mosaic_header(frames, height, width, grid, [len(jpeg) for jpeg in jpegs]), *jpegs])
+
+
+def mosaic_header(frames: int, height: int, width: int, grid: tuple[int, int], lengths: Sequence[int]) -> bytes:
+    """What stands before JPEGs of these lengths, bytes."""
+    return _MOSAIC_HEADER.pack(_MOSAIC, frames, height, width, *grid) + struct.pack(f"<{len(lengths)}I", *lengths)
 
 
 def parse_mosaic(data: NDArray[np.uint8]) -> Mosaic:

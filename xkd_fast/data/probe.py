@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import av
-import numpy as np
 
-from xkd_fast.data.convert import SILENCE
-from xkd_fast.data.read_audio import mono_weights
-from xkd_fast.data.source_file import audio_stream, decoded, open_source, promised_seconds, video_stream
+from xkd_fast.data.convert import samples_of
+from xkd_fast.data.read_video import frames_in, picture_end
+from xkd_fast.data.sound_track import take_sound
+from xkd_fast.data.source_file import Skip, audio_stream, decoded, open_source, promised_seconds, require_file, video_stream
 
 Sound = Literal["heard", "silent", "none"]
 
@@ -35,28 +34,41 @@ class Probe:
     sound: Sound = "none"
 
 
-def probe(path: str) -> Probe:
-    """Open a file, decode its first picture, and its sound up to the first sample that is heard.
+@dataclass(frozen=True)
+class ProbeTask:
+    """A file, and what the shards would be like."""
 
-    What shows only further in, such as a file that was cut short, is found by converting it alone.
+    path: str
+    fps: float
+    sample_rate: int  # Hz
+
+
+def probe(task: ProbeTask) -> Probe:
+    """Open a file, decode its first picture, and listen to all of its sound as `prepare` would.
+
+    Pictures that are damaged or lacking further in are found by converting the file alone.
     """
-    if not os.path.isfile(path):
-        return Probe("no regular file, or a link that leads nowhere")
     try:
-        return _probe(path)
+        return _probe(task)
+    except Skip as skip:
+        return Probe(skip.skipped.detail or skip.skipped.reason)
     except (av.error.FFmpegError, OSError) as error:
         return Probe(f"{type(error).__name__}: {error.strerror}")
     except (ValueError, EOFError) as error:
         return Probe(f"{type(error).__name__}: {error}")
 
 
-def _probe(path: str) -> Probe:
-    with open_source(path) as container:
+def _probe(task: ProbeTask) -> Probe:
+    require_file(task.path)
+    under: tuple[float, int] | None = None
+    with open_source(task.path) as container:
         picture, sound = video_stream(container), audio_stream(container)
         found: dict[str, Any] = {
             "container": container.format.name.split(",")[0],
             "seconds": promised_seconds(container) or None,
         }
+        if sound is not None:
+            found |= {"audio": sound.codec_context.name, "sample_rate": sound.rate or 0, "channels": sound.channels or 0}
         if picture is not None:
             frame = next(decoded(container, picture), None)
             if frame is None:
@@ -64,28 +76,24 @@ def _probe(path: str) -> Probe:
             rate = picture.average_rate or picture.guessed_rate
             found |= {"video": picture.codec_context.name, "width": frame.width, "height": frame.height}
             found |= {"fps": float(rate) if rate else None, "pixels": frame.format.name}
+            start = float(frame.time or 0.0)
         elif sound is None:
             return Probe("neither picture nor sound")
-    return Probe(**found, **({} if sound is None else _sound_of(path)))
+    if sound is not None:
+        if picture is not None:
+            frames = frames_in(picture_end(task.path) - start, task.fps)
+            under = start, samples_of(frames, task.fps, task.sample_rate)
+        found["sound"] = _sound_of(task, under)
+    return Probe(**found)
 
 
-def _sound_of(path: str) -> dict[str, Any]:
-    """Codec, form, and whether anything is heard, by the measure of what a shard would hold."""
-    with open_source(path) as container:
-        stream = audio_stream(container)
-        assert stream is not None
-        found = {"audio": stream.codec_context.name, "sample_rate": stream.rate or 0, "channels": stream.channels or 0}
-        form: Any = None
-        for frame in decoded(container, stream):
-            if form != (frame.format.name, frame.layout.name, frame.sample_rate):  # it may change in mid-stream
-                form = (frame.format.name, frame.layout.name, frame.sample_rate)
-                weights = mono_weights([channel.name for channel in frame.layout.channels])
-                resampler = av.AudioResampler(format="flt", layout=frame.layout, rate=frame.sample_rate)
-            for block in resampler.resample(frame):
-                mono = weights @ block.to_ndarray().reshape(-1, len(weights)).T
-                if (np.abs(mono) * 32768 > SILENCE).any():
-                    return found | {"sound": "heard"}
-        return found | {"sound": "none" if form is None else "silent"}
+def _sound_of(task: ProbeTask, under: tuple[float, int] | None) -> Sound:
+    """Whether anything is heard on the track that a shard would hold."""
+    try:
+        track = take_sound(task.path, task.sample_rate, under=under)
+    except Skip:  # the one that it raises: the channels cancel each other
+        return "silent"
+    return "none" if track is None else "heard" if track.heard else "silent"
 
 
 def digest(path: str) -> str:

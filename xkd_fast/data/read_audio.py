@@ -1,7 +1,8 @@
-"""Sound of a source file: mono, of one sample rate, in pieces that know when they begin."""
+"""Sound of a source file: mono, of one sample rate, block by block, each with its time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,79 +24,95 @@ WEIGHTS |= {"AMBI0": 1.0} | {f"AMBI{k}": 0.0 for k in range(1, 64)}  # ambisonic
 SURROUND = 0.5**1.5
 UNNAMED = "NONE"  # some PCM does not say where its channels stand; then as players guess
 USUAL = {6: ("FL", "FR", "FC", "LFE", "BL", "BR"), 8: ("FL", "FR", "FC", "LFE", "BL", "BR", "SL", "SR")}
-LARGEST_PEAK = 4.0  # of full scale: a down-mix of eight channels alike reaches 3.1; louder samples come from damage
 CANCELLED = 1e-3  # of the channels' power: sound below it has cancelled itself in the down-mix
 
 
-def read_audio(
-    path: str, sample_rate: int, start: float | None = None, end: float | None = None
-) -> list[tuple[float, NDArray[np.int16]]]:
-    """The sound in pieces without pauses: when each begins by the file's clock, seconds, and its mono samples, int16.
+class SoundReader:
+    """The mono sound of a file in blocks of a second or less, which know where they belong.
 
     ``start`` and ``end``, seconds from the file's beginning, bound the part that is read; a block that lies across a bound is
-    read whole. Where the samples of any piece would leave the range, all are turned down alike.
+    read whole.
 
-    Raises:
-        Skip: channels of opposite sign, of which mono keeps next to nothing.
-        av.error.FFmpegError: the sound cannot be decoded.
+    Attributes:
+        first, last: bounds of the part by the file's clock, seconds; without a bound, infinity.
+        start, end: when the sound begins and ends by the file's clock, seconds, as far as it was read.
+        peak: of what was read, full scale 1.
     """
-    pieces = [(begun, np.concatenate(blocks)) for begun, blocks in _mono_pieces(path, sample_rate, start, end) if blocks]
-    peak = max((float(np.abs(sound).max()) for _, sound in pieces if sound.size), default=0.0)
-    scale = 32768.0 / min(max(peak, 1.0), LARGEST_PEAK)
-    return [(begun, np.clip(np.rint(sound * scale), -32768, 32767).astype(np.int16)) for begun, sound in pieces if sound.size]
 
+    def __init__(self, path: str, sample_rate: int, start: float | None = None, end: float | None = None) -> None:
+        self._path, self._rate, self._part = path, sample_rate, (start, end)
+        self.first, self.last = -math.inf, math.inf
+        self.start = self.end = self.peak = 0.0
 
-def _mono_pieces(
-    path: str, sample_rate: int, start: float | None, end: float | None
-) -> Iterator[tuple[float, list[NDArray[np.float32]]]]:
-    """When each piece begins, and its samples in blocks of [samples] float32, full scale 1."""
-    blocks: list[NDArray[np.float32]] = []
-    resampler: _Resampler | None = None
-    form: Any = None
-    begun = heard = 0.0
-    kept = there = 0.0  # power after the down-mix, and before
+    def samples_from(self, start: float) -> int | None:
+        """How many samples lie between an instant and the end of the part; None where that has none."""
+        return None if self.last == math.inf else round((self.last - start) * self._rate)
 
-    def add(resampled: Iterator[NDArray[np.float32]]) -> None:
-        nonlocal kept, there
-        assert resampler is not None
-        for channels in resampled:
-            mono = resampler.weights @ channels
+    def __iter__(self) -> Iterator[tuple[float, int, NDArray[np.float32]]]:
+        """Yield when a piece without pauses begins, how many of its samples came before, and samples [samples]; once.
+
+        Raises:
+            Skip: channels of opposite sign, of which mono keeps next to nothing.
+            av.error.FFmpegError: the sound cannot be decoded.
+        """
+        begun, before, any_yet = 0.0, 0, False
+        kept = there = 0.0  # power after the down-mix, and before
+        for begins, weights, channels in self._pieces():
+            if begins is not None:
+                begun, before = begins, 0
+            mono = weights @ channels
             kept += float(np.square(mono, dtype=np.float64).sum())
-            there += float(resampler.weights**2 @ np.square(channels, dtype=np.float64).sum(1))
-            blocks.append(mono)
-
-    with open_source(path) as container:
-        stream = audio_stream(container)
-        assert stream is not None
-        first, last = segment_bounds(container, start, end)
-        for frame in decoded(container, stream, first):
-            time = float(frame.time) if frame.time is not None else heard
-            if time >= last:
-                break
-            if time + frame.samples / frame.sample_rate <= first:
+            there += float(weights**2 @ np.square(channels, dtype=np.float64).sum(1))
+            if not mono.size:
                 continue
-            if form is not None and time < heard - AUDIO_GAP:
-                continue  # spliced recordings overlap; pictures that go back in time are left out as well
-            pause = form is not None and time > heard + AUDIO_GAP
-            changed = form != (frame.format.name, frame.layout.name, frame.sample_rate)  # it may change in mid-stream
-            if resampler is not None and (pause or changed):
-                add(resampler.rest())
-            if pause:
-                yield begun, blocks
-                blocks = []
-            if form is None or pause:
-                begun = heard = time
-            if pause or changed:
-                form = (frame.format.name, frame.layout.name, frame.sample_rate)
-                resampler = _Resampler(frame, sample_rate)
-            assert resampler is not None
-            heard += frame.samples / frame.sample_rate
-            add(resampler.resample(frame))
-        if resampler is not None:
-            add(resampler.rest())
-            yield begun, blocks
-    if kept < CANCELLED * there:
-        raise Skip("silent_audio", "the channels cancel each other: mono would keep less than -30 dB of them")
+            if not any_yet:
+                self.start, any_yet = begun, True
+            self.peak = max(self.peak, float(np.abs(mono).max()))
+            self.end = begun + (before + mono.size) / self._rate
+            yield begun, before, mono
+            before += mono.size
+        if kept < CANCELLED * there:
+            raise Skip("silent_audio", "the channels cancel each other: mono would keep less than -30 dB of them")
+
+    def _pieces(self) -> Iterator[tuple[float | None, NDArray[np.float32], NDArray[np.float32]]]:
+        """When a piece begins, seconds, or None where it goes on; the weights of its channels, and [channels, samples]."""
+        resampler: _Resampler | None = None
+        form: Any = None
+        begins: float | None = None
+        heard = 0.0
+
+        with open_source(self._path) as container:
+            stream = audio_stream(container)
+            assert stream is not None
+            self.first, self.last = segment_bounds(container, *self._part)
+            for frame in decoded(container, stream, self.first):
+                time = float(frame.time) if frame.time is not None else heard
+                if time >= self.last:
+                    break
+                if time + frame.samples / frame.sample_rate <= self.first:
+                    continue
+                if form is not None and time < heard - AUDIO_GAP:
+                    continue  # spliced recordings overlap; pictures that go back in time are left out as well
+                pause = form is not None and time > heard + AUDIO_GAP
+                changed = form != (frame.format.name, frame.layout.name, frame.sample_rate)  # it may change in mid-stream
+                if resampler is not None and (pause or changed):
+                    for block in resampler.rest():
+                        yield begins, resampler.weights, block
+                        begins = None
+                if form is None or pause:
+                    begins = heard = time
+                if pause or changed:
+                    form = (frame.format.name, frame.layout.name, frame.sample_rate)
+                    resampler = _Resampler(frame, self._rate)
+                assert resampler is not None
+                heard += frame.samples / frame.sample_rate
+                for block in resampler.resample(frame):
+                    yield begins, resampler.weights, block
+                    begins = None
+            if resampler is not None:
+                for block in resampler.rest():
+                    yield begins, resampler.weights, block
+                    begins = None
 
 
 class _Resampler:
@@ -138,13 +155,3 @@ def mono_weights(channels: Sequence[str]) -> NDArray[np.float32]:
     if len(channels) == 1 or UNNAMED in channels or not weights.any():
         weights[:] = 1 / len(channels)
     return weights
-
-
-def place_sound(pieces: list[tuple[int, NDArray[np.int16]]], samples: int) -> NDArray[np.int16]:
-    """Sounds that begin so many samples after the picture (before it, if negative) on a silent track of ``samples``."""
-    placed = np.zeros(samples, np.int16)
-    for offset, sound in pieces:
-        first, source = max(offset, 0), max(-offset, 0)
-        count = max(0, min(samples - first, sound.size - source))
-        placed[first : first + count] = sound[source : source + count]
-    return placed

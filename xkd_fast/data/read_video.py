@@ -82,7 +82,26 @@ class VideoReader:
             if held is None or end <= first:
                 raise Skip("too_short", "no picture lies in the part asked for")
             self.seconds = min(end, last) - self.start
-            yield from still(max(shown, 1, round(self.seconds * self._fps)))
+            yield from still(max(shown, frames_in(self.seconds, self._fps)))
+
+
+def frames_in(seconds: float, fps: float) -> int:
+    """How many frames pictures become that last so long; at least one."""
+    return max(1, round(seconds * fps))
+
+
+def picture_end(path: str) -> float:
+    """When the pictures of a file end by its clock, seconds, as its packets tell: nothing is decoded."""
+    with open_source(path) as container:
+        stream = video_stream(container)
+        assert stream is not None
+        step = 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
+        end = Fraction(0)
+        for packet in container.demux(stream):
+            begun = packet.dts if packet.pts is None else packet.pts
+            if begun is not None and packet.size:
+                end = max(end, begun * packet.time_base + (packet.duration * packet.time_base if packet.duration else step))
+        return float(end)
 
 
 def _presented(container: Any, stream: Any, start: float) -> Iterator[Any]:

@@ -12,7 +12,6 @@ has label -1 and all their numbers as ``labels``.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import tarfile
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 
 from xkd_fast.data.http_folder import HttpFolder, RemoteOptions
 from xkd_fast.data.shard_cache import TRIES, CacheOptions, ShardCache
+from xkd_fast.data.spool import Payload, Stored, chunks, crc32_of, opened, size_of
 from xkd_fast.data.storage import AGAIN, MANIFEST, LocalFolder, OpenFiles, Storage, is_url
 from xkd_fast.data.video_codecs import CODECS
 from xkd_fast.errors import UserError
@@ -72,8 +72,8 @@ class NewSample:
 
     key: str
     label: int  # -1 = none or several
-    video: bytes | None  # None = no picture; then frames, height and width are 0
-    audio: bytes | None  # None = no sound; then samples is 0
+    video: Payload | None  # None = no picture; then frames, height and width are 0
+    audio: Payload | None  # None = no sound; then samples is 0
     frames: int
     samples: int  # of audio
     height: int
@@ -117,9 +117,10 @@ class ShardWriter:
                 row[part] = None
                 continue
             member = tarfile.TarInfo(f"{sample.key}.{self._suffixes[part]}")
-            member.size = len(data)
-            row[part] = [self._tar.offset + tarfile.BLOCKSIZE, len(data), zlib.crc32(data)]
-            self._tar.addfile(member, io.BytesIO(data))
+            member.size = size_of(data)
+            row[part] = [self._tar.offset + tarfile.BLOCKSIZE, member.size, crc32_of(data)]
+            with opened(data) as file:
+                self._tar.addfile(member, file)
         self._rows.append(row)
 
     def close(self, extra: dict[str, Any] | None = None) -> None:
@@ -142,6 +143,41 @@ class ShardWriter:
             pass
         finally:
             self._aside.unlink(missing_ok=True)
+
+
+class StandingShard:
+    """A finished shard whose samples go into another one, with their bytes as they are."""
+
+    def __init__(self, tar: Path) -> None:
+        self.path = tar
+        self.index = read_json(index_path(tar), "the index of a shard")
+        self._rows: dict[str, dict[str, Any]] = {row["key"]: row for row in self.index["samples"]}
+
+    def sample(self, key: str) -> NewSample:
+        """A sample, which :meth:`ShardWriter.add` writes as it was written here.
+
+        Raises:
+            UserError: its bytes are not those that were written.
+        """
+        row, parts = self._rows[key], dict[str, Stored | None]()
+        for part in PARTS:
+            if row[part] is None:
+                parts[part] = None
+                continue
+            offset, size, expected = row[part]
+            stream = parts[part] = Stored(str(self.path), size, offset)
+            if crc32_of(stream) != expected:
+                raise UserError(f"{self.path}, sample {key}, is damaged; delete this .tar file and call prepare again")
+        description = parts["json"]
+        assert description is not None, "every sample has one"
+        return NewSample(
+            key,
+            video=parts["video"],
+            audio=parts["audio"],
+            details=json.loads(b"".join(chunks(description))),
+            labels=tuple(row.get("labels", ())),
+            **{name: row[name] for name in COLUMNS},
+        )
 
 
 def read_json(path: Path, what: str, fix: str = AGAIN) -> dict[str, Any]:
@@ -199,7 +235,7 @@ COLUMNS = ("label", "frames", "samples", "height", "width")
 ABSENT = (-1, 0, 0)  # the range of a part that a sample has not
 
 
-def _read_set(storage: Storage) -> _Table:
+def _read_set(storage: Storage, broken: list[str] | None = None) -> _Table:
     storage.check()
     place, what = storage.where(MANIFEST), "the manifest of a shard set"
     manifest = _parse_json(storage.fetch(MANIFEST, what), place, what, AGAIN)
@@ -208,11 +244,24 @@ def _read_set(storage: Storage) -> _Table:
             f"{place} has format {manifest.get('format')!r}; this version reads format {FORMAT}: prepare the videos again"
         )
     try:
+        if broken is not None:
+            manifest["shards"] = [entry for entry in manifest["shards"] if _stands(storage, entry, broken)]
         return _read_table(storage, manifest)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UserError(
             f"{storage.where()}: manifest or index is damaged ({type(error).__name__}: {error}); {AGAIN}"
         ) from error
+
+
+def _stands(storage: Storage, entry: dict[str, Any], broken: list[str]) -> bool:
+    """Whether a shard is there as the manifest says; otherwise why not is appended to ``broken``."""
+    try:
+        storage.expect(entry["name"], entry["bytes"])
+        _read_index(storage, entry)
+    except UserError as error:
+        broken.append(str(error))
+        return False
+    return True
 
 
 def _read_table(storage: Storage, manifest: dict[str, Any]) -> _Table:
@@ -307,9 +356,12 @@ class ShardSet:
         crc32: of all that, of every sample's bytes and of their order; not of where the shards lie.
     """
 
-    def __init__(self, storages: Sequence[Storage], cache: ShardCache | None = None) -> None:
-        """``cache``: where copies of shards are kept and looked for; the first shards that fit into it together are."""
-        tables = [_read_set(storage) for storage in storages]
+    def __init__(self, storages: Sequence[Storage], cache: ShardCache | None = None, broken: list[str] | None = None) -> None:
+        """``cache``: where copies of shards are kept and looked for; the first shards that fit into it together are.
+
+        ``broken``: takes what is wrong with shards that cannot be opened, which are left out; None = the first one is an error.
+        """
+        tables = [_read_set(storage, broken) for storage in storages]
         first = tables[0]
         for storage, table in zip(storages, tables, strict=True):
             for name in ("codec", "fps", "sample_rate"):
@@ -366,6 +418,7 @@ class ShardSet:
         *,
         remote: RemoteOptions | None = None,
         cache: CacheOptions | None = None,
+        broken: list[str] | None = None,
     ) -> ShardSet:
         """Open one shard set or several as one: folders, or ``http://`` and ``https://`` addresses of such.
 
@@ -373,6 +426,8 @@ class ShardSet:
             paths: folders and addresses.
             remote: how addresses are read.
             cache: where copies of shards are kept.
+            broken: takes a sentence for each shard whose tar or index is missing or another one, and the set is opened without
+                them: to look for damage, not to train. None = the first one is an error.
 
         Raises:
             UserError: a place that is no shard set, is damaged, does not go with the others, or gives no answer.
@@ -381,7 +436,7 @@ class ShardSet:
         if not several:
             raise UserError("no shard directory is named; make one with `xkd-fast prepare`")
         kept = ShardCache(Path(cache.folder), cache.limit) if cache is not None and cache.folder is not None else None
-        return cls(_storages(several, remote or RemoteOptions()), kept)
+        return cls(_storages(several, remote or RemoteOptions()), kept, broken)
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -46,6 +46,14 @@ class Skip(Exception):
 PLAYLISTS = ("concat", "dash", "hls", "imf", "webm_dash_manifest")  # containers that name other files
 
 
+def require_file(path: str) -> None:
+    """Raise Skip unless there is a regular file."""
+    if os.path.isdir(path):
+        raise Skip("unreadable", "a folder, not a file; list the files in it, or name it as the source of its own")
+    if not os.path.isfile(path):
+        raise Skip("unreadable", "no regular file, or a link that leads nowhere")
+
+
 def open_source(path: str) -> Any:
     """An input container of PyAV.
 
