@@ -14,6 +14,8 @@ import numpy as np
 from av.stream import Disposition
 from numpy.typing import NDArray
 
+from xkd_fast.data.read_video import SCALING
+
 GREY_STEP, GREY_FIRST = 4, 20  # grey levels apart, and of picture 0
 
 
@@ -52,6 +54,21 @@ def decoded_flac(data: Any) -> NDArray[np.int16]:
     """All samples of a FLAC file in memory."""
     with av.open(io.BytesIO(data)) as container:
         return np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+
+
+def stream_frames(data: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """All frames [T, H, W, 3] of a video stream in memory, by the matrix and range that it tells: what DALI leaves to GPUs."""
+    with av.open(io.BytesIO(bytes(data))) as container:
+        frames = [
+            frame.reformat(
+                format="rgb24",
+                src_colorspace=int(frame.colorspace),
+                src_color_range=int(frame.color_range),
+                interpolation=SCALING,
+            ).to_ndarray()
+            for frame in container.decode(video=0)
+        ]
+    return np.stack(frames)
 
 
 # Programs that measure themselves begin with this. The kernel's own maximum, ru_maxrss, begins with that of the process that

@@ -14,10 +14,11 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from tests.data.media import write_video
+from tests.data.media import decoded_flac, stream_frames, write_video
 from xkd_fast.data.decode import ClipDecoder, DecodeRequest
 from xkd_fast.data.prepare import PrepareOptions, prepare
 from xkd_fast.data.shards import ShardSet
+from xkd_fast.data.video_codecs import CPU_CODECS
 
 RATE = 16000
 FLASH = 0.2  # seconds that a flash lasts at least
@@ -128,19 +129,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[25.0, 8.0])
+@pytest.fixture(scope="module", params=[(25.0, "auto"), (8.0, "auto"), (25.0, "h264"), (8.0, "mjpeg")], ids=str)
 def prepared(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Frames a second of the shards, and every sample as training decodes it: name → frames, waveform."""
     destination = tmp_path_factory.mktemp("shards")
-    options = PrepareOptions(fps=request.param, short_side=16, workers=2)
+    fps, codec = request.param
+    options = PrepareOptions(codec=codec, fps=fps, short_side=16, workers=2)
     prepare(folder, destination, options, console=Console(file=io.StringIO()))
     shards, decoded = ShardSet.open(destination), {}
-    decoder = ClipDecoder(batch_size=1, threads=1, codec=shards.codec)
+    on_cpu = shards.codec in CPU_CODECS
+    decoder = ClipDecoder(batch_size=1, threads=1, codec=shards.codec) if on_cpu else None
     for index in range(len(shards)):
         sample = shards.read(index)
-        (clip,) = decoder([DecodeRequest(sample.key, sample.video, sample.audio, 0, int(shards.frames[index]))])
-        decoded[shards.details(index)["source"]] = (clip.frames.numpy(), clip.waveform.numpy())
-    return {"fps": request.param, **decoded}
+        if decoder is None:
+            found = stream_frames(sample.video), decoded_flac(sample.audio) / 32768
+        else:
+            (clip,) = decoder([DecodeRequest(sample.key, sample.video, sample.audio, 0, int(shards.frames[index]))])
+            found = clip.frames.numpy(), clip.waveform.numpy()
+        decoded[shards.details(index)["source"]] = found
+    return {"fps": fps, **decoded}
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=[clip.name for clip in CLIPS])
