@@ -95,6 +95,7 @@ WRONG_INPUT = [
     (("render", "{tmp}", "--fps", "many"), "argument --fps: invalid int value: 'many'"),
     (("prepare", "", "{tmp}/shards"), "SOURCE is empty, such as of a shell variable that is not set; write . for this folder"),
     (("prepare", "{tmp}", ""), "DESTINATION is empty"),
+    (("prepare", "{tmp}", "{tmp}/shards", "--retry", "--dry-run"), "--retry converts, --audit and --dry-run only look"),
 ]
 
 
