@@ -244,6 +244,11 @@ class FlacEncoder:
         self._container.close()
         return self._spool.take()
 
+    def abandon(self) -> None:
+        """Give up: leave the spool empty, for another encoder."""
+        self._container.close()  # now, and not when it is cleared away while another one writes
+        self._spool.clear()
+
 
 def encode_flac(waveform: NDArray[np.int16], sample_rate: int) -> bytes:
     """Mono sound [samples] int16 as a FLAC file in memory."""

@@ -140,7 +140,7 @@ def holds_no_sample(destination: Path) -> bool:
     """Whether a folder is prepare's own, and nothing is lost where it is begun anew: all of its shards are empty."""
     try:
         plan = json.loads((destination / PLAN).read_text(encoding="utf-8"))
-        if not isinstance(plan, dict) or "names_and_sizes" not in plan or (destination / MANIFEST).exists():
+        if not isinstance(plan, dict) or "names_and_sizes" not in plan:
             return False
         return all(
             json.loads(index_path(tar).read_text(encoding="utf-8"))["samples"] == [] for tar in destination.glob("shard-*.tar")

@@ -75,8 +75,7 @@ def take_sound(
             flac = track.finish(padded=under is not None)
             return SoundTrack(reader.start, reader.end, track.begins, track.samples, track.heard, flac)
         peak = min(reader.peak, LARGEST_PEAK)
-        if spool is not None:
-            spool.clear()
+        track.abandon()
 
 
 class Track:
@@ -103,6 +102,11 @@ class Track:
             assert self._limit is not None
             self._silence(self._limit)
         return None if self._encoder is None else self._encoder.finish()
+
+    def abandon(self) -> None:
+        """Give up, so that another track can be written to the spool."""
+        if self._encoder is not None:
+            self._encoder.abandon()
 
     def _silence(self, until: int) -> None:
         until = until if self._limit is None else min(until, self._limit)
