@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -39,8 +40,9 @@ from xkd_fast.data.clip_options import view_shape
 from xkd_fast.data.plain_clips import clips
 from xkd_fast.data.sampler import clip_draw, epoch_permutation, mask_noise
 from xkd_fast.data.shards import ShardSet
-from xkd_fast.data.views import ClipShape
+from xkd_fast.data.views import AugmentOptions, ClipShape
 from xkd_fast.errors import UserError
+from xkd_fast.model.build import build_model
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,21 @@ def test_a_batch_by_hand(shards: ShardSet) -> None:
         [views.audio_global, *views.audio_locals], [expected.audio_global, *expected.audio_locals], strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["fast", "reference"])
+def test_grey_levels_are_the_same_pictures(shards: ShardSet, implementation: Literal["fast", "reference"]) -> None:
+    """Red if grey levels are cut off instead of rounded, are another draw's, or the model takes them for normalised numbers."""
+    (views, noise), (grey, same) = (make(shards, AugmentOptions(pixels=pixels)).batch(0, 0) for pixels in ("float32", "uint8"))
+    assert torch.equal(noise.video, same.video) and torch.equal(views.audio_global, grey.audio_global)
+    std, mean = (torch.tensor(each).view(3, 1, 1, 1) for each in (MODEL.video.pixel_std, MODEL.video.pixel_mean))
+    for one, other in zip((views.video_global, *views.video_locals), (grey.video_global, *grey.video_locals), strict=True):
+        assert (one.dtype, other.dtype) == (torch.float32, torch.uint8)
+        assert ((one * std + mean) * 255 - other).abs().max() < 0.501
+    model = build_model(replace(MODEL, implementation=implementation), seed=0)
+    with torch.no_grad():
+        expected, got = model(views, noise).total, model(grey, noise).total
+    assert expected != got and abs(expected - got) < 2e-3 * expected
 
 
 def test_picture_and_sound_are_the_same_moment(shards: ShardSet) -> None:

@@ -466,11 +466,12 @@ class ViewMaker:
         self.log_mel = LogMel(mel, shape.audio.mel_bins, shape.sample_rate, device=device)
 
     def empty(self, clips: int, *, local_views: bool = True) -> Views:
-        """Room for the views of ``clips`` clips, float32, not initialised."""
+        """Room for the views of ``clips`` clips, not initialised: float32, but videos as ``augment.pixels`` says."""
         video, audio = self.shape.video, self.shape.audio
+        pixels = getattr(torch, self.options.pixels)
 
         def videos(frames: int, size: int) -> Tensor:
-            return torch.empty(clips, 3, frames, size, size, device=self.device)
+            return torch.empty(clips, 3, frames, size, size, dtype=pixels, device=self.device)
 
         def audios(frames: int) -> Tensor:
             return torch.empty(clips, 1, audio.mel_bins, frames, device=self.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -108,6 +109,9 @@ class AugmentOptions:
     audio_global: AudioViewOptions = field(default_factory=AudioViewOptions, metadata={"doc": "the whole clip's audio view"})
     audio_local: AudioViewOptions = field(default_factory=_audio_local, metadata={"doc": "audio views of a part of the clip"})
     audio_start_step: int = option(100, "local audio views start at multiples of this many samples into the clip; 1 = anywhere")
+    pixels: Literal["float32", "uint8"] = option(
+        "float32", "of video views: float32, normalised; uint8 = grey levels, a quarter of the bytes, normalised in the model"
+    )
 
     def __post_init__(self) -> None:
         require(self.audio_start_step >= 1, f"augment.audio_start_step = {self.audio_start_step} must be 1 or more")
@@ -117,9 +121,9 @@ class AugmentOptions:
 class Views:
     """Global and local views of B audio-visual clips."""
 
-    video_global: Tensor  # [B, 3, T, H, W]
+    video_global: Tensor  # [B, 3, T, H, W] normalised, or uint8 grey levels
     audio_global: Tensor  # [B, 1, F, T]
-    video_locals: list[Tensor] = field(default_factory=list)  # n_v of [B, 3, t, h, w]
+    video_locals: list[Tensor] = field(default_factory=list)  # n_v of [B, 3, t, h, w], likewise
     audio_locals: list[Tensor] = field(default_factory=list)  # n_a of [B, 1, F, t]
     keys: list[str] = field(default_factory=list)  # B sample keys, for error messages and reports
     labels: Tensor | None = None  # [B] int64 class numbers, -1 where unknown

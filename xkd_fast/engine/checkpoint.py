@@ -307,7 +307,12 @@ FREE_OPTIONS = frozenset(
 
 
 # What checkpoints from before an option existed were trained with.
-EARLIER: dict[str, Any] = {"data.order": "random", "data.shuffle_buffer": 2048, "data.clips_per_file": 1}
+EARLIER: dict[str, Any] = {
+    "data.order": "random",
+    "data.shuffle_buffer": 2048,
+    "data.clips_per_file": 1,
+    "augment.pixels": "float32",
+}
 
 
 def flat_options(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
