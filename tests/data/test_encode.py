@@ -294,7 +294,7 @@ def test_a_damaged_jpeg_of_a_mosaic_is_found() -> None:
     narrow = good.copy()
     height = good.tobytes().index(b"\xff\xc0", begin) + 5  # after marker, length and precision
     narrow[height : height + 2] = (0, 16)
-    for video, words in ((broken, "request 0"), (narrow, "where the header promises")):
+    for video, words in ((broken, "request 0"), (narrow, "where the file's header promises")):
         request = DecodeRequest("a", video, SOUND, 0, 5)
         with pytest.raises(UndecodableError, match=words):
             decoder([request, DecodeRequest("b", good, SOUND, 0, 20)])
