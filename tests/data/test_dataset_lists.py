@@ -186,6 +186,10 @@ def test_audioset_lists_are_held_to_their_own_header(tmp_path: Path) -> None:
     assert not [
         warning for warning in open_dataset("audioset", tmp_path, split="unbalanced_train").warnings if "whole" in warning
     ]
+    heading, rows = lists.read_text().split("\n", 1)
+    lists.write_text(f"{heading}{'0' * 5000}\n{rows}")  # no number of anything
+    warnings = open_dataset("audioset", tmp_path, split="unbalanced_train").warnings
+    assert any("does not say how many segments it holds" in warning for warning in warnings)
     lists.write_text(audioset_list(1000, 0))
     warnings = open_dataset("audioset", tmp_path, split="unbalanced_train").warnings
     assert any("does not say how many segments it holds" in warning for warning in warnings)

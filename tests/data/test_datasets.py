@@ -188,11 +188,13 @@ WRONG_LINES = [
     ("vggsound", "vggsound.csv", "zebra braying,train", "zebra braying,val", "line 2: split 'val' must be one of train, test"),
     ("ucf101", "classInd.txt", "2 Archery", "3 Archery", "line 2: '3 Archery' is not number 2"),
     ("ucf101", "trainlist01.txt", "g08_c01.avi 1", "g08_c01.avi 2", "line 1: class YoYo has number 2, in classInd.txt 1"),
+    ("ucf101", "trainlist01.txt", "g08_c01.avi 1", f"g08_c01.avi {'1' * 5000}", "line 1: class YoYo has number 1+, in class"),
     ("ucf101", "trainlist01.txt", "YoYo/", "Yo/", "line 1: class 'Yo' is not in classInd.txt"),
     ("ucf101", "trainlist01.txt", "YoYo/v", "YoYo v", "line 1: 'YoYo v_YoYo_g08_c01.avi 1' is not CLASS/v_CLASS_gNN_cNN.avi"),
     ("hmdb51", "wave_test_split1.txt", "wave.avi 1", "wave.avi 3", "line 1: .* is not a file's name and 0, 1 or 2"),
     ("hmdb51", "wave_test_split1.txt", "c_wave.avi 0", "b_wave.avi 1", "line 3: b_wave.avi has mark 1, further up it has 2"),
     ("esc50", "esc50.csv", "2,1,dog", "2,1,cat", "line 5: target '1' and class 'cat' do not go together"),
+    ("esc50", "esc50.csv", "2,1,dog", f"2,{'1' * 5000},dog", "line 5: target '1+' and class 'dog' do not go together"),
     ("esc50", "esc50.csv", "A-1.wav,2,", "A-1.wav,6,", "line 5: fold '6' must be one of 1, 2, 3, 4, 5"),
     ("esc50", "esc50.csv", "1,1,dog,False,1001,A\n2-200-A-0.wav,2,0,rooster,False,2000,A\n2-200-A-1.wav,2,1,dog",
      "1,1,dog,False,1001,A\n2-200-A-0.wav,2,0,rooster,False,2000,A\n2-200-A-1.wav,2,2,dog", "3 targets have 2 classes"),
@@ -373,6 +375,9 @@ def test_kinetics_sound_takes_its_published_classes_or_those_that_its_user_lists
     assert {source.classes for source in found.sources} == {("tapping pen",)} and found.classes == list(SOUND_CLASSES)
     (root / "kinetics_sound_classes.txt").write_text("zumba\nabseilen\n")
     with pytest.raises(UserError, match="line 2: 'abseilen' is no class of Kinetics-400"):
+        opened("kinetics-sound", root)
+    (root / "kinetics_sound_classes.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"kinetics_sound_classes\.txt names no class; write one a line"):
         opened("kinetics-sound", root)
     (root / "kinetics_sound_classes.txt").write_text("zumba\nair, drumming\n")
     found = opened("kinetics-sound", root)

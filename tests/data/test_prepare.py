@@ -218,7 +218,9 @@ def test_no_video_that_can_be_used(media: Path, tmp_path: Path) -> None:
     """Would catch an empty set that counts as prepared."""
     source = place(media, tmp_path / "videos", {"a/1.mkv": "text", "a/2.mkv": "mute", "a/3.mkv": "text"})
     for _ in range(2):
-        with pytest.raises(UserError, match=r"none of 3 videos could be used: 2 unreadable, 1 no_audio; see .*report\.csv"):
+        with pytest.raises(
+            UserError, match=r"none of 3 videos could be used: 2 unreadable, 1 no_audio; see .* with --retry, or"
+        ):
             run(source, tmp_path / "shards")
         assert not (tmp_path / "shards" / MANIFEST).exists()
     assert {row["reason"] for row in report_rows(tmp_path / "shards").values()} == {"unreadable", "no_audio"}
@@ -228,7 +230,9 @@ def test_a_folder_without_one_sample_can_be_prepared_anew(media: Path, tmp_path:
     """Would catch a folder that is lost to every other prepare since nothing in its first pile was usable."""
     source, shards = place(media, tmp_path / "videos", {"a/1.mkv": "mute", "a/2.mkv": "mute"}), tmp_path / "shards"
     many = PrepareOptions(**{**SMALL.content(), "samples_per_shard": 1})
-    with pytest.raises(UserError, match=r"none of 2 videos could be used.*with other options or sources"):
+    with pytest.raises(
+        UserError, match=r"none of 2 videos could be used.*csv; mend that, or prepare the folder with other opt"
+    ):
         run(source, shards, many)
     kept = PrepareOptions(**{**SMALL.content(), "missing_audio": "keep-as-video-only"})
     assert standing_shards(find_sources(source), shards, kept) == 0

@@ -102,6 +102,22 @@ def test_a_shard_that_went_missing_is_made_again(
     assert contents(tmp_path / "shards") == contents(prepared)
 
 
+@pytest.mark.parametrize("table", ["report", "samples"])
+@pytest.mark.parametrize("damage", [None, 3, [3]])
+@pytest.mark.parametrize("retry", [False, True])
+def test_a_shard_whose_index_lacks_a_table_is_made_again(
+    mixed: Path, prepared: Path, tmp_path: Path, table: str, damage: object, retry: bool
+) -> None:
+    """Red if a damaged index ends the call with a traceback, or its shard counts as finished."""
+    shards = tmp_path / "shards"
+    shutil.copytree(prepared, shards)
+    index = index_path(shards / "shard-000001.tar")
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps(content | {table: damage}))
+    run(mixed, shards, retry=retry)
+    assert contents(shards) == contents(prepared)
+
+
 def test_two_at_once(mixed: Path, tmp_path: Path) -> None:
     """Would catch two runs that write into each other's shards."""
     descriptor = os.open(tmp_path, os.O_RDONLY)

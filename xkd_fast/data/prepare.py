@@ -286,11 +286,21 @@ def _tar(destination: Path, number: int) -> Path:
 
 
 def _is_whole(tar: Path) -> bool:
-    """Whether a shard stands: its index, which is written last, and a tar of the size that the index says."""
+    """Whether a shard stands: its index, which is written last and has its two tables, and a tar of the size that it says."""
     try:
-        return tar.stat().st_size == read_json(index_path(tar), "the index of a shard").get("bytes")
+        index = read_json(index_path(tar), "the index of a shard")
+        return (
+            tar.stat().st_size == index.get("bytes")
+            and _is_table(index, "samples", "key")
+            and _is_table(index, "report", "reason")
+        )
     except (OSError, UserError):
         return False
+
+
+def _is_table(index: dict[str, Any], name: str, column: str) -> bool:
+    rows = index.get(name)
+    return isinstance(rows, list) and all(isinstance(row, dict) and column in row for row in rows)
 
 
 def convert_task(source: Source, options: PrepareOptions, spool: Path | None = None) -> ConvertTask:
@@ -415,9 +425,10 @@ def _finish(destination: Path, sources: SourceSet, options: PrepareOptions, repo
     written = report.written = sum(entry["samples"] for entry in entries)
     if written == 0:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
+        again = " and call again with --retry" if any(skipped[reason] for reason in RETRIED) else ""
         raise UserError(
             f"none of {len(rows)} videos could be used: {reasons}; see {destination / REPORT}; "
-            "mend that, or prepare the folder with other options or sources"
+            f"mend that{again}, or prepare the folder with other options or sources"
         )
     lacking = Counter(row["detail"] for row in rows if row["status"] == "written")
     manifest = {

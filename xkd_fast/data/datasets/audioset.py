@@ -40,7 +40,7 @@ def read(files: Annotations, part: str) -> Iterator[Entry]:
         name, count = f"{video}_{start:g}", count + 1
         yield Entry(name, shared.setdefault(classes, classes), path, line, start=start, end=end, recording=video)
     heading = " ".join(text for _, text in takewhile(lambda numbered: numbered[1].startswith("#"), text_lines(path)))
-    match = re.search(r"num_segs=(\d+)", heading)
+    match = re.search(r"num_segs=(\d{1,9})\b", heading)
     promised = int(match[1]) if match else None
     if promised is not None and count < promised:
         files.is_short(str(path), f"lists {count} segments", f"its own header {promised}")

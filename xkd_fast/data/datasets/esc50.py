@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from xkd_fast.data.datasets.dataset import Annotations, DataSet, Entry, alone
-from xkd_fast.data.datasets.rows import one_of, table_rows, wrong
+from xkd_fast.data.datasets.rows import one_of, table_rows, whole_number, wrong
 
 FILE = "esc50.csv"
 FOLDS = ("1", "2", "3", "4", "5")
@@ -20,7 +20,8 @@ def _names(files: Annotations) -> list[str]:
     """The classes in the order of their targets, which have gaps in a part of the set such as ESC-10."""
     path, names = files.require(FILE), dict[int, str]()
     for line, row in _rows(files):
-        if not row["target"].isdecimal() or names.setdefault(int(row["target"]), row["category"]) != row["category"]:
+        target = whole_number(row["target"])
+        if target < 0 or names.setdefault(target, row["category"]) != row["category"]:
             raise wrong(path, line, f"target {row['target']!r} and class {row['category']!r} do not go together")
     if len(set(names.values())) < len(names):
         raise wrong(path, 1, f"{len(names)} targets have {len(set(names.values()))} classes: two of them share one")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from xkd_fast.data.datasets.dataset import Annotations, DataSet, Entry, alone
 from xkd_fast.data.datasets.rows import span, table_rows, text_lines, wrong, youtube_id
+from xkd_fast.errors import UserError
 
 SPLITS = ("train", "val", "test")
 FILES = {split: [f"{split}.csv", f"kinetics_400_{split}.csv"] for split in SPLITS}
@@ -42,7 +43,7 @@ def _sound_classes(files: Annotations, known: list[str]) -> list[str]:
     """The classes of the user's own list, if there is one, else those above; sorted.
 
     Raises:
-        UserError: a line of the user's list that repeats another, or is none of the known classes.
+        UserError: a line of the user's list that repeats another, or is none of the known classes; or no line at all.
     """
     path = files.find(SOUND_FILE)
     if path is None:
@@ -54,6 +55,8 @@ def _sound_classes(files: Annotations, known: list[str]) -> list[str]:
         if name not in known:
             raise wrong(path, line, f"{name!r} is no class of Kinetics-400")
         chosen.append(name)
+    if not chosen:
+        raise UserError(f"{path} names no class; write one a line, or remove it to take {len(SOUND_CLASSES)} usual ones")
     return sorted(chosen)
 
 

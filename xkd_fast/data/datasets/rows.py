@@ -91,6 +91,11 @@ def number_in(path: Path, line: int, what: str, text: str) -> float:
     return value
 
 
+def whole_number(text: str) -> int:
+    """A whole number of at most 9 digits; -1 where the text is something else, so that it equals no number of a list."""
+    return int(text) if len(text) <= 9 and text.isdecimal() else -1
+
+
 def youtube_id(path: Path, line: int, text: str) -> str:
     """A video's name on YouTube: 11 letters, digits, ``-`` or ``_``.
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from xkd_fast.data.datasets.dataset import Annotations, DataSet, Entry, alone
-from xkd_fast.data.datasets.rows import text_lines, wrong
+from xkd_fast.data.datasets.rows import text_lines, whole_number, wrong
 
 CLASSES = "classInd.txt"
 COUNTS = {  # videos by fold
@@ -37,7 +37,7 @@ def read(files: Annotations, part: str) -> Iterator[Entry]:
         folder, stem, number = match["folder"], match["file"], match["number"]
         if folder not in classes:
             raise wrong(path, line, f"class {folder!r} is not in {CLASSES}")
-        if number is not None and classes.index(folder) + 1 != int(number):
+        if number is not None and classes.index(folder) + 1 != whole_number(number):
             raise wrong(path, line, f"class {folder} has number {number}, in {CLASSES} {classes.index(folder) + 1}")
         recording = re.sub(r"_c\d+$", "", stem) if re.search(r"_g\d+_c\d+$", stem) else ""
         yield Entry(f"{folder}/{stem}.avi", (folder,), path, line, stem, folder=folder, recording=recording)
