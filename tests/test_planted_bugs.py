@@ -285,14 +285,14 @@ SLIPS = {
         "xkd_fast.engine.launch", {"str(Path(sys.executable).parent)": "str(Path(sys.executable))"}, TOOLS
     ),
     # doctor --shards
-    "damage is no failure": Slip("xkd_fast.cli", {"return 1 if damaged else 0": "return 0"}, SHARDS),
-    "stops at the first damaged sample": Slip("xkd_fast.cli", {DAMAGED: f"{DAMAGED}            break\n"}, SHARDS),
-    "first folder alone": Slip("xkd_fast.cli", {"for folder in folders}": "for folder in folders[:1]}"}, SHARDS),
+    "damage is no failure": Slip("xkd_fast.doctor", {"return 1 if damaged or broken else 0": "return 0"}, SHARDS),
+    "stops at the first damaged sample": Slip("xkd_fast.doctor", {DAMAGED: f"{DAMAGED}            break\n"}, SHARDS),
+    "first folder alone": Slip("xkd_fast.doctor", {"for folder in folders}": "for folder in folders[:1]}"}, SHARDS),
     "samples of one key count as one": Slip(
-        "xkd_fast.cli", {'f"{folder}/{sets[folder].keys[index]}"': "sets[folder].keys[index]"}, SHARDS
+        "xkd_fast.doctor", {'f"{folder}/{sets[folder].keys[index]}"': "sets[folder].keys[index]"}, SHARDS
     ),
     "first part of a sample alone": Slip(
-        "xkd_fast.cli", {"in sets[folder].damage(index)]": "in sets[folder].damage(index) if 'audio' in str(error)]"}, SHARDS
+        "xkd_fast.doctor", {"in sets[folder].damage(index)]": "in sets[folder].damage(index) if 'audio' in str(error)]"}, SHARDS
     ),
     # what a figure says of itself
     "never dirty": Slip("xkd_fast.analysis.provenance", {'"dirty": not named and bool(': '"dirty": False and bool('}, DIRTY),
