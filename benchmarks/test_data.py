@@ -113,9 +113,7 @@ class FromShards:
     def stages(self, rounds: int) -> dict[str, float]:
         """Processor seconds a clip of every stage, each over a whole batch; medians."""
         shape, found = self.pipeline.shape, list[dict[str, float]]()
-        views = self.makers["torch"].empty(
-            self.pipeline.sampler.micro_batch
-        )  # its pages are fetched in the first, untimed round
+        views = self.makers["torch"].empty(self.pipeline.sampler.micro_batch)  # fetched in the first round, which is not timed
         for epoch in range(rounds + 1):
             taken: dict[str, float] = {}
             samples = range(self.pipeline.sampler.micro_batch)

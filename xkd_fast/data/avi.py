@@ -40,14 +40,13 @@ def parse_avi(data: NDArray[np.uint8]) -> Mosaic:
 def _chunks(data: NDArray[np.uint8]) -> Iterator[tuple[bytes, NDArray[np.uint8]]]:
     """Name and content of every chunk that is no list."""
     place = 0
-    view = data.tobytes()
-    while place + _CHUNK.size <= len(view):
-        name, length = _CHUNK.unpack_from(view, place)
+    while place + _CHUNK.size <= len(data):
+        name, length = _CHUNK.unpack_from(data.data, place)
         place += _CHUNK.size
         if name in _LISTS:
             place += 4  # the list's own name; its chunks follow
             continue
-        if place + length > len(view):
-            raise PackedError(f"an AVI file of {len(view)} bytes, where a chunk ends at {place + length}")
+        if place + length > len(data):
+            raise PackedError(f"an AVI file of {len(data)} bytes, where a chunk ends at {place + length}")
         yield name, data[place : place + length]
         place += length + length % 2

@@ -9,7 +9,7 @@ _FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive; othe
 _WITH_LENGTH = frozenset({*range(0xC0, 0xD0), *range(0xDB, 0xE0), *range(0xE0, 0xF0), 0xFE}) - {0xC8}
 
 
-def jpeg_size(data: bytes) -> tuple[int, int]:
+def jpeg_size(data: bytes | memoryview) -> tuple[int, int]:
     """Height and width of a JPEG, pixels, whose header is whole up to the first scan.
 
     DALI 2.4's parser (of nvImageCodec) ends in a segmentation fault where threads find a broken header; damage behind the

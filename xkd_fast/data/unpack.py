@@ -94,7 +94,7 @@ def _pixels(picture: Tensor) -> Any:
 
 
 def _check(mosaic: Mosaic, jpeg: int) -> None:
-    height, width = jpeg_size(mosaic.jpegs[jpeg].tobytes())
+    height, width = jpeg_size(mosaic.jpegs[jpeg].data)
     if (height, width) != mosaic.size(jpeg):
         promised = " × ".join(map(str, mosaic.size(jpeg)))
         raise PackedError(f"JPEG {jpeg} has {height} × {width} pixels, where the file's header promises {promised}")
