@@ -161,6 +161,7 @@ def test_names_of_every_kind(media: Path, tmp_path: Path) -> None:
 def test_which_files_count(media: Path, tmp_path: Path) -> None:
     """Would catch endings in capitals left out, hidden and other files taken in, and classes named by the deepest folder."""
     names = ["a/ONE.MKV", "a/b/c/two.Mp4", "three.webm", ".hidden.mkv", "a/._one.mkv", ".trash/four.mkv", "a/note.txt", "a/mkv"]
+    names += ["lost+found/five.mkv"]
     source = place(media, tmp_path / "videos", dict.fromkeys(names, "good"))
     (source / "folder.mp4").mkdir()
     size = (source / "three.webm").stat().st_size

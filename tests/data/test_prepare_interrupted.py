@@ -102,6 +102,26 @@ def test_a_shard_that_went_missing_is_made_again(
     assert contents(tmp_path / "shards") == contents(prepared)
 
 
+@pytest.mark.parametrize("lost", [lambda tar: tar, index_path], ids=["tar", "index"])
+@pytest.mark.parametrize("retry", [False, True])
+def test_a_shard_that_cannot_be_reached_is_not_made_again(
+    mixed: Path, prepared: Path, tmp_path: Path, lost: Callable[[Path], Path], retry: bool
+) -> None:
+    """Red if a disk that fails to read for a moment costs finished shards, or ends the call without the path's name."""
+    shards = tmp_path / "shards"
+    shutil.copytree(prepared, shards)
+    path = lost(shards / "shard-000002.tar")
+    os.rename(path, tmp_path / "away")
+    path.symlink_to(path)  # which nobody can follow
+    stood = {each: each.lstat().st_mtime_ns for each in shards.iterdir()}
+    with pytest.raises(UserError, match=f"{path}, of a finished shard, cannot be read: .*; make it readable, or delete it"):
+        run(mixed, shards, retry=retry)
+    assert stood == {each: each.lstat().st_mtime_ns for each in shards.iterdir()}
+    path.unlink()
+    os.rename(tmp_path / "away", path)
+    assert run(mixed, shards).converted_now == 0 and contents(shards) == contents(prepared)
+
+
 @pytest.mark.parametrize("table", ["report", "samples"])
 @pytest.mark.parametrize("damage", [None, 3, [3]])
 @pytest.mark.parametrize("retry", [False, True])
@@ -208,6 +228,32 @@ def test_what_timed_out_or_crashed_is_tried_again(
     again = run(mixed, shards, retry=True)
     assert (again.retried, again.recovered, again.rewritten) == (1, 0, 0) and contents(shards) == contents(prepared)
     assert stood == {path: path.stat().st_mtime_ns for path in shards.glob("shard-*")}
+
+
+def test_what_could_not_be_reached_is_tried_again(mixed: Path, prepared: Path, tmp_path: Path) -> None:
+    """Red if sources on a disk that was away are lost for ever, since their sizes were not known when they were prepared."""
+    source, shards = tmp_path / "videos", tmp_path / "shards"
+    shutil.copytree(mixed, source)
+    os.rename(source / "moo", tmp_path / "disk")
+    (source / "moo").mkdir()
+    for path in sorted((tmp_path / "disk").iterdir()):
+        (source / "moo" / path.name).symlink_to(tmp_path / "mounted" / path.name)
+    assert run(source, shards).skipped["unreadable"] == 6  # five that are away, and one that is text
+    assert "unreached" in json.loads((shards / PLAN).read_text())
+    before = contents(shards)
+    os.rename(tmp_path / "disk", tmp_path / "mounted")
+    assert run(source, shards).converted_now == 0 and contents(shards) == before
+    report = run(source, shards, retry=True)
+    assert (report.retried, report.recovered) == (6, 5)
+    assert contents(shards) == contents(prepared), "the plan too: the sizes are known now"
+    os.rename(tmp_path / "mounted", tmp_path / "disk")
+    with pytest.raises(UserError, match=r"by name or size \(6 cannot be reached now, such as moo/0.mkv: mend that\); choose"):
+        run(source, shards)
+    os.rename(tmp_path / "disk", tmp_path / "mounted")
+    with open(source / "moo" / "2.mkv", "ab") as file:
+        file.write(b"longer")
+    with pytest.raises(UserError, match="now holds 20 or others, by name or size; choose"):
+        run(source, shards, retry=True)
 
 
 RETRY = """

@@ -116,6 +116,8 @@ def test_a_folder_in_a_list_is_told_as_one(media: Path, tmp_path: Path) -> None:
         ("a.mkv\nsub/../a.mkv\n", "line 2: 'sub/../a.mkv' was named in line 1 already"),
         ("path,start\na.mkv,0\na.mkv,\n", "line 3: 'a.mkv' was named in line 2 already"),
         ("path,start\na.mkv,soon\n", "line 2: start 'soon' is no number of seconds; write one such as 12.5, or nothing"),
+        ("path,start\na.mkv,1_0\n", "line 2: start '1_0' is no number of seconds; write one such as 12.5, or nothing"),
+        ("path,start\na.mkv,\u0663\n", "line 2: start '\u0663' is no number of seconds"),
         ("path,start\na.mkv,nan\n", "line 2: start = nan must be 0 or more seconds"),
         ("path,start\na.mkv,-1\n", "line 2: start = -1 must be 0 or more seconds"),
         ("path,start,end\na.mkv,3,2\n", "line 2: end = 2 must come after start = 3"),
@@ -175,6 +177,17 @@ def test_missing_files_do_not_thin_out_shards(media: Path, tmp_path: Path) -> No
     assert (report.written, report.shards, report.skipped["missing"]) == (3, 1, 30)
     assert len(rows(tmp_path / "shards")) == 33
     assert standing_shards(sources, tmp_path / "shards", SMALL) == 1
+
+
+def test_what_cannot_be_reached_is_not_missing(media: Path, tmp_path: Path) -> None:
+    """Red if a file behind a folder that nobody may enter is counted as one that does not exist, or its reason is not told."""
+    (tmp_path / "loop").symlink_to("loop")
+    listed = write(tmp_path, f"loop/a.mkv\n{media}/a.mkv\n{media}/a.mkv/b.mkv\nnowhere/a.mkv\n{'long' * 99}.mkv\n", "reach.txt")
+    sources = read_list(listed)
+    assert [source.missing for source in sources.sources] == [False, False, True, True, True]
+    run(sources, tmp_path / "shards")
+    row = rows(tmp_path / "shards")["loop/a.mkv"]
+    assert row["reason"] == "unreadable" and re.fullmatch("it cannot be reached: .*symbolic links", row["detail"])
 
 
 # -------------------------------------------------------------------------------------------------------- the command line

@@ -38,8 +38,10 @@ from xkd_fast.data.prepare_plan import (
     choose_codec,
     continues,
     holds_no_sample,
+    learn_sizes,
     plan_of,
     shuffle,
+    unreached_in,
 )
 from xkd_fast.data.shards import FORMAT, MANIFEST, NewSample, ShardWriter, StandingShard, index_path, read_json
 from xkd_fast.data.sources import Source, SourceSet, find_sources
@@ -114,10 +116,12 @@ def prepare(
     try:
         with sole_use(destination):
             options, reason = choose_codec(options, destination)
-            plan = plan_of(sources, options) | ({REPLACEABLE: True} if replace else {})
+            plan = plan_of(sources, options, unreached_in(destination)) | ({REPLACEABLE: True} if replace else {})
             for sentence in (begin(destination, plan, anew=replace), reason):
                 if sentence:
                     console.print(escape(sentence), soft_wrap=True, highlight=False)
+            if retry:
+                learn_sizes(destination, sources, options)
             return _prepare(destination, sources, options, workers, console, retry)
     except InUse as error:
         raise UserError(f"another prepare is writing to {destination}; wait for it, or stop it") from error
@@ -149,7 +153,7 @@ def standing_shards(sources: SourceSet, destination: Path, options: PrepareOptio
         raise UserError(f"{destination} is a file; name a folder for the shards")
     if not destination.is_dir() or all(entry.name == aside(destination / PLAN).name for entry in destination.iterdir()):
         return 0
-    plan = plan_of(sources, choose_codec(options, destination)[0])
+    plan = plan_of(sources, choose_codec(options, destination)[0], unreached_in(destination))
     if holds_no_sample(destination) and not continues(destination, plan):
         return 0
     check_plan(destination, plan)
@@ -240,6 +244,9 @@ def _close(writer: ShardWriter, rows: list[dict[str, Any]], work: _Work, manifes
         report.recovered += sum(rows[place]["status"] == "written" for place in work.places)
         if [_verdict(row) for row in rows] == [_verdict(row) for row in work.standing.index["report"]]:
             writer.abandon()
+            if rows != work.standing.index["report"]:  # skipped as before, with other details
+                manifest.unlink(missing_ok=True)
+                write_aside(index_path(work.standing.path), json.dumps(work.standing.index | {"report": rows}).encode())
             return
         report.rewritten += 1
         manifest.unlink(missing_ok=True)  # it is of the shards as they were; without it, nobody reads half of a set
@@ -286,16 +293,30 @@ def _tar(destination: Path, number: int) -> Path:
 
 
 def _is_whole(tar: Path) -> bool:
-    """Whether a shard stands: its index, which is written last and has its two tables, and a tar of the size that it says."""
+    """Whether a shard stands: its index, which is written last and has its two tables, and a tar of the size that it says.
+
+    Raises:
+        UserError: a file of it that is there but cannot be reached; what it holds may be whole.
+    """
     try:
-        index = read_json(index_path(tar), "the index of a shard")
-        return (
-            tar.stat().st_size == index.get("bytes")
-            and _is_table(index, "samples", "key")
-            and _is_table(index, "report", "reason")
-        )
-    except (OSError, UserError):
+        size, text = tar.stat().st_size, index_path(tar).read_bytes()
+    except FileNotFoundError:
         return False
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}, of a finished shard, cannot be read: {error.strerror}; make it readable, "
+            "or delete it to have that shard made again"
+        ) from error
+    try:
+        index = json.loads(text)
+    except ValueError:
+        return False
+    return (
+        isinstance(index, dict)
+        and size == index.get("bytes")
+        and _is_table(index, "samples", "key")
+        and _is_table(index, "report", "reason")
+    )
 
 
 def _is_table(index: dict[str, Any], name: str, column: str) -> bool:

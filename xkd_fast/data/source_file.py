@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -48,10 +49,16 @@ PLAYLISTS = ("concat", "dash", "hls", "imf", "webm_dash_manifest")  # containers
 
 def require_file(path: str) -> None:
     """Raise Skip unless there is a regular file."""
-    if os.path.isdir(path):
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise Skip("unreadable", "a link that leads nowhere, or a file that has gone") from None
+    except OSError as error:
+        raise Skip("unreadable", f"it cannot be reached: {error.strerror}") from None
+    if stat.S_ISDIR(mode):
         raise Skip("unreadable", "a folder, not a file; list the files in it, or name it as the source of its own")
-    if not os.path.isfile(path):
-        raise Skip("unreadable", "no regular file, or a link that leads nowhere")
+    if not stat.S_ISREG(mode):
+        raise Skip("unreadable", "no regular file")
 
 
 def open_source(path: str) -> Any:

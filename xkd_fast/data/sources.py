@@ -7,6 +7,7 @@ the usual data sets.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import math
 import os
@@ -26,6 +27,7 @@ SOUND_SUFFIXES = frozenset(".aac .aif .aiff .au .flac .m4a .mka .mp3 .oga .ogg .
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | SOUND_SUFFIXES
 LIST_COLUMNS = ("path", "label", "start", "end")
 LABEL_SEPARATOR = "|"
+LOST_AND_FOUND = "lost+found"  # at the root of a disk of its own; its administrator alone may list it
 
 
 @dataclass(frozen=True, slots=True)  # a large data set has millions
@@ -98,14 +100,16 @@ def find_sources(root: Path, suffixes: Collection[str] = VIDEO_SUFFIXES) -> Sour
     warnings = []
     if left_out:
         most = ", ".join(f"{count} {suffix or 'without one'}" for suffix, count in left_out.most_common(8))
-        warnings.append(f"{left_out.total()} files of {root} are left out by their endings ({most}); a --list may name any")
+        files = f"{left_out.total()} {'file' if left_out.total() == 1 else 'files'}"
+        warnings.append(f"by their endings, {files} of {root} are left out ({most}); a --list may name any")
     return SourceSet(sources, sorted_classes(sources), warnings=warnings)
 
 
 def media_names(root: Path, suffixes: Collection[str], left_out: Counter[str] | None = None) -> Iterator[str]:
     """Paths below ``root``, with forward slashes, of files with one of these endings (in small letters).
 
-    Links to folders are followed, but not back into a folder that the path came through; hidden names are passed over.
+    Links to folders are followed, but not back into a folder that the path came through; hidden names are passed over, and so
+    is a disk's ``lost+found`` in ``root``.
     ``left_out`` counts files with other endings, by these.
 
     Raises:
@@ -123,7 +127,7 @@ def media_names(root: Path, suffixes: Collection[str], left_out: Counter[str] | 
         if identity in above:
             continue
         for entry in entries:
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or (not folder and entry.name == LOST_AND_FOUND):
                 continue
             if _is_folder(entry):
                 waiting.append((f"{folder}{entry.name}/", above | {identity}))
@@ -146,6 +150,15 @@ def file_size(path: str | os.PathLike[str]) -> int:
         return os.stat(path).st_size
     except OSError:
         return -1
+
+
+def is_missing(path: str | os.PathLike[str]) -> bool:
+    """Whether there is no such file; one that cannot be reached (a folder without rights, a server away) may be there."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+    return False
 
 
 # ------------------------------------------------------------------------------------------------------------------- lists
@@ -248,16 +261,15 @@ def _listed(path: Path, line: int, row: dict[str, str]) -> Source:
     start, end = (_seconds(where, column, row.get(column, "")) for column in ("start", "end"))
     check_segment(where, start, end)
     file = path.parent / name
-    exists = os.path.lexists(file)
-    return Source(
-        segment_name(name, start, end), str(file), classes, start, end, file_size(file) if exists else -1, missing=not exists
-    )
+    return Source(segment_name(name, start, end), str(file), classes, start, end, file_size(file), is_missing(file))
 
 
 def _seconds(where: str, column: str, text: str) -> float | None:
     if not text.strip():
         return None
     try:
+        if "_" in text or not text.isascii():  # which Python takes for digits
+            raise ValueError
         return float(text)
     except ValueError:
         raise UserError(f"{where}: {column} {text!r} is no number of seconds; write one such as 12.5, or nothing") from None
