@@ -35,7 +35,7 @@ from xkd_fast.data.augment import ViewMaker
 from xkd_fast.data.avi import parse_avi
 from xkd_fast.data.clip_options import view_shape
 from xkd_fast.data.dali import CPU
-from xkd_fast.data.decode import ClipDecoder, DecodeRequest, UndecodableError
+from xkd_fast.data.decode import ClipDecoder, DecodeRequest, UndecodableError, blame
 from xkd_fast.data.decode_device import choose, decoding_obstacle
 from xkd_fast.data.encode import encode_flac, encode_video
 from xkd_fast.data.jpeg_header import jpeg_size
@@ -89,18 +89,6 @@ def test_log_mel_through_dali(stored: str, worst: float, mean: float) -> None:
         error = (LogMel(MelOptions(), 80, RATE)(clip.waveform[None])[0] - golden[f"{request.key}.log_mel"]).abs()
         assert error.max() < worst
         assert error.mean() < mean
-
-
-SCRIPT = """
-import sys
-from tests.data.test_pipeline import *
-pipeline = make(ShardSet.open(sys.argv[1]))
-stream = pipeline.batches()
-next(stream)
-print("ready", flush=True)
-if sys.argv[2] == "raise":
-    raise UserError("stop here")
-"""
 
 
 def no_obstacle(device: torch.device) -> str | None:
@@ -240,3 +228,16 @@ def test_a_batch_at_once_is_each_clip_alone(shards: ShardSet) -> None:
         assert (ours - theirs).abs().max() < 1e-5
     for ours, theirs in zip([apart.audio_global, *apart.audio_locals], [together.audio_global, *together.audio_locals]):
         assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_whose_fault_a_failed_batch_is() -> None:
+    """Red if a GPU whose memory is full has its whole batch listed as damaged, or damage among good samples ends the run."""
+    told = blame(["a", "b"], {0: "out of memory", 1: "out of memory"}, "out of memory", GPU)
+    assert isinstance(told, UserError) and "cuda:0 decodes none of 2 samples (out of memory)" in str(told)
+    assert "data.decode=cpu" in str(told)
+    for device, keys, reasons in ((GPU, "ab", {1: "bad"}), (GPU, "a", {0: "bad"}), (CPU, "ab", {0: "bad", 1: "bad"})):
+        told = blame(list(keys), reasons, "bad", device)
+        assert isinstance(told, UndecodableError) and told.reasons == reasons
+    alone = {device: str(blame(["a", "b"], {}, "no room", device)) for device in (GPU, CPU)}
+    assert all("the batch of a, b, though each sample alone passes: no room" in words for words in alone.values())
+    assert "lower data.threads" in alone[GPU] and "lower data.threads" not in alone[CPU]

@@ -99,8 +99,9 @@ def test_damage_on_a_gpu(codec: str, tmp_path: Path) -> None:
             (ours, _), (theirs, _) = (on_cpu(each.batch(0, step)) for each in (pipeline, whole))
             for row, key in enumerate(theirs.keys):
                 assert (ours.keys[row] == key) == (key not in ("clip8", "clip4"))
-                if ours.keys[row] == key:
-                    assert torch.equal(ours.video_global[row], theirs.video_global[row])
+                if ours.keys[row] == key:  # not to the bit: which JPEGs go to the engine depends on the batch
+                    error = (ours.video_global[row] - theirs.video_global[row]).abs()
+                    assert error.max() < WORST and error.mean() < MEAN
         assert {each.key for each in pipeline.damaged} == {"clip8", "clip4"}
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xkd_fast.data.beside import moved
 from xkd_fast.data.log_mel import LogMel, MelOptions
 from xkd_fast.data.native_view import native_view, obstacle
 from xkd_fast.data.views import (
@@ -103,7 +104,7 @@ class CropResize:
         """[T, H, W, 3] uint8 to [3, T, size, size] float32 in [0, 1]."""
         pixels = frames[:, self._rows, self._columns].permute(3, 0, 1, 2).contiguous().float()  # [3, T, h, w]
         if pixels.device.type != "cpu":
-            return self._down.to(pixels.device) @ (pixels @ self._across.to(pixels.device).T)
+            return moved(self._down, pixels.device) @ (pixels @ moved(self._across, pixels.device).T)
         if self._bands is None:
             self._bands = _bands(self._across, ACROSS_BAND), _bands(self._down, DOWN_BAND)
         channels, count, height, width = pixels.shape
@@ -148,7 +149,7 @@ def resize_crop(
 
 
 def _per_clip(factor: Tensor, like: Tensor) -> Tensor:
-    return factor.to(like).view(-1, *[1] * (like.dim() - 1))
+    return moved(factor.to(like.dtype), like.device).view(-1, *[1] * (like.dim() - 1))
 
 
 def grey_of(video: Tensor) -> Tensor:
@@ -256,7 +257,7 @@ def _on_clips(video: Tensor, clips: list[int], operation: Callable[..., Tensor],
     if len(clips) == video.shape[0]:
         operation(video, *factors)
     elif clips:
-        index = torch.tensor(clips, device=video.device)
+        index = moved(torch.tensor(clips), video.device)
         video[index] = operation(video[index], *factors)
     return video
 
@@ -287,9 +288,8 @@ def blur(video: Tensor, sigmas: Sequence[float]) -> Tensor:
     if not clips:
         return video
     size = video.shape[-1]
-    matrices = torch.stack([blur_matrix(size, blur_kernel_size(size), sigmas[n]) for n in clips])[:, None, None].to(
-        video.device
-    )
+    each = torch.stack([blur_matrix(size, blur_kernel_size(size), sigmas[n]) for n in clips])
+    matrices = moved(each, video.device)[:, None, None]
 
     def both_sides(part: Tensor) -> Tensor:
         return matrices @ part @ matrices.transpose(-1, -2)

@@ -59,11 +59,11 @@ class BatchMaker:
         self.together = device.type != "cpu"  # whether clips are augmented as a batch, rather than one in each thread
 
     def moved(self, clips: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Frames and sounds of clips where their views are made."""
+        """Frames [T, H, W, 3] uint8 and sounds [samples] float32 of clips where their views are made."""
         return [(moved(frames, self.device), moved(sound, self.device)) for frames, sound in clips]
 
     def views(self, clips: Sequence[tuple[Tensor, Tensor]], draws: Sequence[ClipDraw]) -> Views:
-        """Views of clips that are `moved` already."""
+        """Views, each [clips, ...] as of `ViewMaker.empty`, of clips that are `moved` already."""
         views = self.maker.empty(len(clips))
 
         def fill(start: int, stop: int) -> None:

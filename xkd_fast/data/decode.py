@@ -54,6 +54,7 @@ class DecodedClip:
 
     frames: Tensor  # [T, H, W, 3] uint8, red, green, blue; where they were decoded
     waveform: Tensor  # [samples] float32 in [-1, 1], of the whole file, in the host's memory
+    kept: Sequence[Tensor] = ()  # what the frames are made of, where a GPU may still be at it
 
 
 class UndecodableError(Exception):
@@ -118,22 +119,24 @@ class ClipDecoder:
 
     def _run(self, requests: Sequence[DecodeRequest]) -> list[DecodedClip]:
         inputs: dict[str, list[NDArray[Any]]] = {"audio": [request.audio for request in requests]}
+        kept: list[Tensor] = []
         if self._unpack is not None:
-            videos = self._unpack(requests)
+            videos, kept = self._unpack(requests)
             (waveforms,) = self._pipeline(inputs)
         else:
             inputs["video"] = [request.video for request in requests]
             inputs["start"] = [*numbers([request.start for request in requests])]
             inputs["frames"] = [*numbers([request.frames for request in requests])]
             waveforms, videos = self._pipeline(inputs)
-        return [DecodedClip(frames, waveform) for frames, waveform in zip(videos, waveforms, strict=True)]
+        return [DecodedClip(frames, waveform, kept) for frames, waveform in zip(videos, waveforms, strict=True)]
 
     def __call__(self, requests: Sequence[DecodeRequest]) -> list[DecodedClip]:
         """Decode a batch.
 
         Raises:
             UndecodableError: naming the places in ``requests`` that DALI cannot decode, or of which it gives too few frames.
-            UserError: DALI refuses the batch but each request of it alone passes.
+            UserError: DALI refuses the batch but each request of it alone passes; or a GPU refuses all of them, which is not
+                the samples' fault.
         """
         try:
             clips = self._run(requests)
@@ -158,7 +161,22 @@ class ClipDecoder:
             except FAILURES as own:
                 reasons[place] = reason_of(own)
                 self._build()
-        if reasons:
-            return UndecodableError(reasons)
-        keys = ", ".join(request.key for request in requests)
-        return UserError(f"DALI could not decode the batch of {keys}, though each sample alone passes: {reason_of(error)}")
+        return blame([request.key for request in requests], reasons, reason_of(error), self.device)
+
+
+def blame(keys: Sequence[str], reasons: dict[int, str], reason: str, device: torch.device) -> Exception:
+    """What is to be raised for a batch that failed: its samples' damage, or what no other sample would mend.
+
+    Args:
+        keys: of the samples of the batch.
+        reasons: why samples fail alone, by their places.
+        reason: why the batch failed.
+        device: that decodes.
+    """
+    remedy = "lower data.threads, data.prefetch or train.micro_batch, or decode with data.decode=cpu"
+    if device.type == "cuda" and len(reasons) == len(keys) > 1:
+        return UserError(f"{device} decodes none of {len(keys)} samples ({reason}); if its memory is full, {remedy}")
+    if reasons:
+        return UndecodableError(reasons)
+    full = f"; if the memory of {device} is full, {remedy}" if device.type == "cuda" else ""
+    return UserError(f"DALI could not decode the batch of {', '.join(keys)}, though each sample alone passes: {reason}{full}")

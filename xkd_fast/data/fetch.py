@@ -54,7 +54,8 @@ def clip_shape(shards: ShardSet, sample: int) -> ClipShape:
 
 
 def cut_clip(decoded: DecodedClip, start_sample: int, shape: ViewShape) -> tuple[Tensor, Tensor]:
-    """The clip's frames [T, H, W, 3] and sound [samples]: short ones repeated from their start and padded with zeros."""
+    """The clip's frames [T, H, W, 3] uint8, a short clip's repeated from their start, and its sound [samples] float32, a short
+    one's padded with zeros."""
     frames, waveform = decoded.frames, decoded.waveform[start_sample : start_sample + shape.clip_samples]
     if len(frames) < shape.video.frames:
         frames = frames[torch.arange(shape.video.frames, device=frames.device) % len(frames)]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
 from xkd_fast.data.batch_maker import BatchMaker, Setting
-from xkd_fast.data.beside import Beside, moved
+from xkd_fast.data.beside import Beside, moved, seconds_between
 from xkd_fast.data.calibrate import calibrated
 from xkd_fast.data.clip_options import ClipOptions, check_against_model, view_shape
 from xkd_fast.data.dali import CPU
+from xkd_fast.data.decode import DecodedClip, DecodeRequest
 from xkd_fast.data.decode_device import choose, decoding_obstacle
 from xkd_fast.data.fetch import DamagedSample, FetchedClip, Fetcher
 from xkd_fast.data.log_mel import MelOptions
@@ -22,7 +24,7 @@ from xkd_fast.data.read_ahead import REMOTE_READERS, ReadAhead
 from xkd_fast.data.sampler import Sampler, mask_noise
 from xkd_fast.data.sequential import SequentialSampler
 from xkd_fast.data.shards import ShardSet
-from xkd_fast.data.stage_times import StageTimes
+from xkd_fast.data.stage_times import Stage, StageTimes
 from xkd_fast.data.views import AugmentOptions, MaskNoise, Views
 from xkd_fast.errors import UserError
 from xkd_fast.model.options import ModelOptions
@@ -59,6 +61,16 @@ def check_complete(shards: ShardSet) -> None:
             f"the data set holds {told}, among {len(shards)}, and training needs both; prepare them again with "
             "--missing-audio skip and --missing-video skip"
         )
+
+
+@dataclass(frozen=True)
+class _Making:
+    """What a batch is made of, which must be kept until it is made, and how far that is."""
+
+    STAGES: ClassVar[tuple[Stage, ...]] = ("decode", "copy", "augment")  # between the marks
+
+    clips: list[FetchedClip]
+    marks: list[Any]  # events before decoding and behind each of the stages
 
 
 class ViewPipeline:
@@ -200,28 +212,42 @@ class ViewPipeline:
 
     def _make(self, epoch: int, step: int) -> Iterator[tuple[Views, MaskNoise, Any]]:
         steps = self.sampler.steps_per_epoch
-        before: tuple[Any, list[FetchedClip]] | None = None  # what the batch before is made of stays until it is made
+        before: _Making | None = None
         with self._beside.work():
             for place in itertools.count(epoch * steps + step):
                 for micro in range(self.sampler.accumulation):
-                    views, noise, clips = self._batch(*divmod(place, steps), micro)
+                    views, noise, making = self._batch(*divmod(place, steps), micro)
                     if before is not None:
-                        with self.times.of("augment"):
-                            before[0].synchronize()
-                    made = self._beside.mark()
-                    before = made, clips if self.device.type == "cuda" else []
-                    yield views, noise, made
+                        self._finish(before)
+                    before = making if self._beside.asynchronous else None
+                    yield views, noise, making.marks[-1]
 
     def batch(self, epoch: int, step: int, micro: int = 0) -> tuple[Views, MaskNoise]:
         """One micro-batch of this rank, made now. Not while `batches` runs."""
-        return self._batch(epoch, step, micro)[:2]
+        views, noise, making = self._batch(epoch, step, micro)
+        self._finish(making)
+        return views, noise
 
-    def _batch(self, epoch: int, step: int, micro: int) -> tuple[Views, MaskNoise, list[FetchedClip]]:
+    def _finish(self, making: _Making) -> None:
+        """Wait until a batch is made."""
+        if self._beside.asynchronous:
+            with self.times.of_waiting(lambda: dict(zip(_Making.STAGES, seconds_between(making.marks), strict=True))):
+                making.marks[-1].synchronize()
+
+    def _batch(self, epoch: int, step: int, micro: int) -> tuple[Views, MaskNoise, _Making]:
+        marks: list[Any] = []
+
+        def decode(requests: Sequence[DecodeRequest]) -> list[DecodedClip]:
+            marks[:] = [self._beside.mark()]
+            return self._maker.decoder(requests)
+
         files = self.sampler.files(epoch, step, micro).tolist()
         take = None if self._read_ahead is None else self._read_ahead.take
-        clips = self._fetcher(epoch, files, self._maker.decoder, self._maker.pool, take)
+        clips = self._fetcher(epoch, files, decode, self._maker.pool, take)
+        marks.append(self._beside.mark())
         with self.times.of("copy"):
             cut = self._maker.moved([clip.cut(self.shape) for clip in clips])
+        marks.append(self._beside.mark())
         with self.times.of("augment"):
             views = self._maker.views(cut, [clip.draw for clip in clips])
         samples = [clip.sample for clip in clips]
@@ -231,8 +257,9 @@ class ViewPipeline:
         with self.times.of("copy"):
             views.labels = moved(torch.from_numpy(self.shards.labels[samples].astype(np.int64)), self.device)
             noise = MaskNoise(moved(video, self.device), moved(audio, self.device))
+        marks.append(self._beside.mark())
         self.times.made(len(samples))
-        return views, noise, clips
+        return views, noise, _Making(clips, marks)
 
     def _stop_prefetching(self) -> None:
         if self._prefetcher is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -16,7 +16,8 @@ class StageTimes:
     """Seconds spent in each stage, and clips made, since the last reading. Threads may share it.
 
     Stages of one batch follow each other, so their seconds add up to the time that making batches took; within a stage, all
-    threads that work on it count once.
+    threads that work on it count once. A GPU works on after it was told to: what is waited for it then is shared out among
+    the stages by its own clock.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,21 @@ class StageTimes:
             elapsed = time.perf_counter() - start
             with self._lock:
                 self._seconds[stage] += elapsed
+
+    @contextmanager
+    def of_waiting(self, spent: Callable[[], Mapping[Stage, float]]) -> Iterator[None]:
+        """Count the time inside, in which a GPU was waited for, as its stages', in the proportion of their own seconds there.
+
+        ``spent`` is called after it.
+        """
+        start = time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - start
+        seconds = spent()
+        total = sum(seconds.values())
+        with self._lock:
+            for stage, own in seconds.items():
+                self._seconds[stage] += elapsed * (own / total if total > 0 else 1 / len(seconds))
 
     def made(self, clips: int) -> None:
         """Count clips of a finished batch."""

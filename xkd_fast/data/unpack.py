@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xkd_fast.data.avi import parse_avi
-from xkd_fast.data.dali import CPU, HandFed, encoded_input, placed
+from xkd_fast.data.dali import HandFed, encoded_input, placed
 from xkd_fast.data.encode import FULL_RANGE, SCALING
 from xkd_fast.data.jpeg_header import jpeg_size
 from xkd_fast.data.packed import Mosaic, PackedError, parse_mosaic, parse_yuv
@@ -29,12 +29,14 @@ PARSERS: dict[str, Callable[[NDArray[np.uint8]], Mosaic]] = {"mosaic": parse_mos
 class Unpacker(Protocol):
     """Frames [T, H, W, 3] uint8, red, green, blue, of each request; fewer than wanted where its file ends before.
 
+    And on a GPU the pictures that they are cut from, which must be kept until that is done.
+
     Raises:
         PackedError: a file is not what its format promises.
         RuntimeError: one cannot be decoded; the unpacker must be made anew.
     """
 
-    def __call__(self, requests: Sequence[DecodeRequest]) -> list[Tensor]: ...
+    def __call__(self, requests: Sequence[DecodeRequest]) -> tuple[list[Tensor], list[Tensor]]: ...
 
 
 class JpegUnpacker:
@@ -48,9 +50,7 @@ class JpegUnpacker:
         engine_share: of JPEGs, 0-1, that go to a GPU's JPEG engine where it has one.
     """
 
-    def __init__(
-        self, batch_size: int, threads: int, codec: str = "mosaic", device: torch.device = CPU, engine_share: float = 1.0
-    ) -> None:
+    def __init__(self, batch_size: int, threads: int, codec: str, device: torch.device, engine_share: float) -> None:
         self._parse, self._device, self._engine_share = PARSERS[codec], device, engine_share
         self._at_once = JPEGS_PER_CLIP[codec] * batch_size
         self._pipeline = HandFed(self._outputs, self._at_once, threads, device)
@@ -66,7 +66,7 @@ class JpegUnpacker:
         }
         return [fn.decoders.image(encoded_input("jpegs"), **how, **placed(self._device))]
 
-    def __call__(self, requests: Sequence[DecodeRequest]) -> list[Tensor]:
+    def __call__(self, requests: Sequence[DecodeRequest]) -> tuple[list[Tensor], list[Tensor]]:
         mosaics = [self._parse(request.video) for request in requests]
         both = list(zip(mosaics, requests, strict=True))
         ranges = [mosaic.holding(request.start, request.frames) for mosaic, request in both]
@@ -79,12 +79,15 @@ class JpegUnpacker:
         for place, jpeg in places:
             _check(mosaics[place], jpeg)
         targets = [_pixels(clip) for clip in clips]
+        kept: list[Tensor] = []
         for first in range(0, len(places), self._at_once):
             some = places[first : first + self._at_once]
             (pictures,) = self._pipeline({"jpegs": [mosaics[place].jpegs[jpeg] for place, jpeg in some]})
             for picture, (place, jpeg) in zip(pictures, some, strict=True):
                 _cut(_pixels(picture), mosaics[place], jpeg, requests[place].start, targets[place])
-        return clips
+            if self._device.type == "cuda":
+                kept += pictures
+        return clips, kept
 
 
 def _pixels(picture: Tensor) -> Any:
@@ -120,8 +123,8 @@ class YuvUnpacker:
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="yuv")
 
-    def __call__(self, requests: Sequence[DecodeRequest]) -> list[Tensor]:
-        return list(self._pool.map(_convert, requests))
+    def __call__(self, requests: Sequence[DecodeRequest]) -> tuple[list[Tensor], list[Tensor]]:
+        return list(self._pool.map(_convert, requests)), []
 
 
 def _convert(request: DecodeRequest) -> Tensor:

@@ -153,8 +153,8 @@ class Views:
 class MaskNoise:
     """Uniform noise that decides which tokens of the global views are masked: the ``keep`` smallest per row stay visible."""
 
-    video: Tensor  # [B, video tokens], in [0, 1)
-    audio: Tensor  # [B, audio tokens], in [0, 1)
+    video: Tensor  # [B, video tokens] float64, in [0, 1)
+    audio: Tensor  # [B, audio tokens] float64, in [0, 1)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> MaskNoise:
         """The same noise with ``function`` applied to both tensors."""
