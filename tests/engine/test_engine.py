@@ -4,6 +4,7 @@ ranks, with and without accumulation, in every precision and by every implementa
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import cache
@@ -18,8 +19,9 @@ from tests.engine.engine_ranks import BATCH, CLIP_NORM, EPS, STEPS, WEIGHT_DECAY
 from tests.tiny import part_of, random_batch
 from xkd_fast import reference
 from xkd_fast.engine.engine import Engine
-from xkd_fast.engine.loss_scale import LossScale
+from xkd_fast.engine.loss_scale import LEAST, LossScale
 from xkd_fast.engine.updates import obstacle as update_obstacle
+from xkd_fast.errors import UserError
 from xkd_fast.model.build import build_model
 from xkd_fast.weights import read_safetensors
 
@@ -241,6 +243,21 @@ def test_a_step_that_deepspeed_leaves_out_moves_nothing(watches_overflow: bool) 
     else:
         with pytest.raises(RuntimeError, match="left out an optimiser step"):
             engine.step()
+
+
+@pytest.mark.parametrize(
+    ("alignment", "words"),
+    [(math.nan, r"the loss itself is NaN or infinite in float16 \(total, alignment\)"), (1.0, "the gradients stay infinite")],
+)
+def test_what_float16_cannot_mend_is_named(single_rank: None, alignment: float, words: str) -> None:
+    """Red if a NaN in the loss is told as gradients that overflow."""
+    engine = Engine.__new__(Engine)
+    engine.deepspeed = SimpleNamespace(is_gradient_accumulation_boundary=lambda: True, step=lambda: None)
+    engine.optimizer = SimpleNamespace(skipped=False, watches_overflow=True)  # type: ignore[assignment]
+    engine.loss_scale = LossScale(LEAST)
+    engine._terms = {"total": torch.tensor(alignment), "distillation": torch.tensor(2.0), "alignment": torch.tensor(alignment)}
+    with pytest.raises(UserError, match=words):
+        engine.step()
 
 
 def test_the_table_is_printed_where_other_processes_run_the_cells() -> None:

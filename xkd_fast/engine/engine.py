@@ -110,6 +110,7 @@ class Engine:
         self.accumulation: int = settings["gradient_accumulation_steps"]
         self.stragglers = Stragglers(self.device) if config.log.stragglers else None
         self._teacher_means: dict[str, Tensor] = {}
+        self._terms: dict[str, Tensor] = {}  # of the latest loss
 
     def own_parameters(self) -> list[Tensor]:
         """All weights, or this rank's shares of them at ZeRO 3."""
@@ -154,6 +155,7 @@ class Engine:
         """One micro-batch: losses, and their gradients added to the step's."""
         with self.stragglers or nullcontext():
             losses = told_losses(self.deepspeed(views, masks))
+        self._terms = losses.terms()
         total = losses.total if self.loss_scale.value == 1 else losses.total * self.loss_scale.value
         self.deepspeed.backward(total)
         for modality, mean in losses.outputs.teacher_means.items():
@@ -167,7 +169,7 @@ class Engine:
         Call once per micro-batch, as DeepSpeed counts them; it acts on the last of a global batch.
 
         Raises:
-            UserError: the gradients overflow however small the loss is scaled.
+            UserError: the gradients overflow however small the loss is scaled; naming terms of the loss that do themselves.
         """
         is_boundary = self.deepspeed.is_gradient_accumulation_boundary()
         self.optimizer.skipped = True  # until it has moved: DeepSpeed may decide not to call it
@@ -185,9 +187,22 @@ class Engine:
             try:
                 self.loss_scale.update(overflowed=not applied)
             except UserError as error:  # every rank has seen the same gradients
-                error.is_told = dist.get_rank() > 0
-                raise
+                told = self._spoiled_loss() or error
+                told.is_told = dist.get_rank() > 0
+                raise told from None
         return applied
+
+    def _spoiled_loss(self) -> UserError | None:
+        """An error that names the terms of the latest loss that are not finite on any rank; None where all are."""
+        spoiled = torch.stack([~value.isfinite() for value in self._terms.values()]).int()
+        dist.all_reduce(spoiled, op=dist.ReduceOp.MAX)
+        names = [name for name, is_spoiled in zip(self._terms, spoiled.tolist(), strict=True) if is_spoiled]
+        if not names:
+            return None
+        return UserError(
+            f"the loss itself is NaN or infinite in float16 ({', '.join(names)}), and has been for many steps; start a new run "
+            "(another output) with a lower optimizer.lr, or with train.precision=bfloat16 or float32"
+        )
 
     @torch.no_grad()
     def _update_centres(self) -> None:
