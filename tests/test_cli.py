@@ -96,6 +96,10 @@ WRONG_INPUT = [
     (("prepare", "", "{tmp}/shards"), "SOURCE is empty, such as of a shell variable that is not set; write . for this folder"),
     (("prepare", "{tmp}", ""), "DESTINATION is empty"),
     (("prepare", "{tmp}", "{tmp}/shards", "--retry", "--dry-run"), "--retry converts, --audit and --dry-run only look"),
+    (
+        ("doctor", "--shards", "s3://bucket/shards"),
+        "s3://bucket/shards is no place of shards: they are read from folders and by",
+    ),
 ]
 
 

@@ -329,6 +329,12 @@ def read_from_threads(path: Path, wanted: list[int], threads: int) -> tuple[bool
     return right, most, open_descriptors(path)
 
 
+def test_an_address_of_another_kind_is_refused() -> None:
+    """Red if it is taken for a folder of that name, and the user is told to prepare it."""
+    with pytest.raises(UserError, match=r"s3://bucket/shards is no place of shards.* name the https address of the store"):
+        ShardSet.open("s3://bucket/shards")
+
+
 def test_reading_from_threads_with_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch a file closed, or its place moved, under another thread's read, and descriptors that run out."""
     monkeypatch.setattr(storage, "MAX_OPEN_FILES", 3)

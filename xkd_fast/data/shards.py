@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from xkd_fast.data.http_folder import HttpFolder, RemoteOptions
 from xkd_fast.data.shard_cache import TRIES, CacheOptions, ShardCache
 from xkd_fast.data.spool import Payload, Stored, chunks, crc32_of, opened, size_of
-from xkd_fast.data.storage import AGAIN, MANIFEST, LocalFolder, OpenFiles, Storage, is_url
+from xkd_fast.data.storage import AGAIN, MANIFEST, LocalFolder, OpenFiles, Storage, is_url, require_readable
 from xkd_fast.data.video_codecs import CODECS
 from xkd_fast.errors import UserError
 from xkd_fast.files import aside, write_aside
@@ -332,12 +332,19 @@ def _read_index(storage: Storage, entry: dict[str, Any]) -> tuple[list[dict[str,
 
 
 def shard_place(text: str) -> Path | str:
-    """What a user's word for a shard set means: an address stays as it is, all else is a folder."""
+    """What a user's word for a shard set means: an address stays as it is, all else is a folder.
+
+    Raises:
+        UserError: an address that is neither http:// nor https://.
+    """
+    require_readable(text)
     return text if is_url(text) else Path(text)
 
 
 def _storages(places: Sequence[str | os.PathLike[str]], remote: RemoteOptions) -> list[Storage]:
     files = OpenFiles()
+    for place in places:
+        require_readable(place)
     return [HttpFolder(str(place), remote) if is_url(place) else LocalFolder(Path(place), files) for place in places]
 
 

@@ -6,6 +6,7 @@ The other place, a server that speaks HTTP, is `xkd_fast.data.http_folder`.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -22,6 +23,19 @@ BLOCK = 2**20  # bytes of a file copied at a time
 def is_url(place: str | os.PathLike[str]) -> bool:
     """Whether a place is an address rather than a folder."""
     return isinstance(place, str) and place.lower().startswith(("http://", "https://"))
+
+
+def require_readable(place: str | os.PathLike[str]) -> None:
+    """Refuse an address that is not spoken here.
+
+    Raises:
+        UserError: naming it and what to write.
+    """
+    if isinstance(place, str) and not is_url(place) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place):
+        raise UserError(
+            f"{shown(place)} is no place of shards: they are read from folders and by http:// or https://; name the https "
+            "address of the store (a signed one may be used), or copy them"
+        )
 
 
 def shown(place: str | os.PathLike[str]) -> str:
