@@ -91,6 +91,14 @@ def another_part(handler: Handler) -> None:
     handler.answer(206, data[: end + 1 - start], {"Content-Range": f"bytes 0-{end - start}/{len(data)}"})
 
 
+def no_number(handler: Handler) -> None:
+    """The part asked for, of a length that is no number."""
+    start, end = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
+    data = (handler.server.folder / handler.path.lstrip("/")).read_bytes()
+    headers = {"Content-Length": "12 bytes", "Content-Range": f"bytes {start}-{end}/{len(data)}"}
+    handler.answer(206, data[start : end + 1], headers)
+
+
 def test_an_address_gives_what_the_folder_gives(folder: Path, server: Server) -> None:
     """Red if samples, labels or the checksum that a resumed run compares depend on where the set lies; if a sample takes more
     than one request, an index is fetched twice, or every request opens a connection."""
@@ -113,7 +121,7 @@ def test_folders_and_addresses_are_one_set(folder: Path, server: Server, tmp_pat
     assert [shards.read(index).key for index in range(5)] == ["00000009", *(sample.key for sample in SAMPLES)]
 
 
-@pytest.mark.parametrize("misbehave", [stall, hang_up, busy, spoil, another_part])
+@pytest.mark.parametrize("misbehave", [stall, hang_up, busy, spoil, another_part, no_number])
 def test_what_passes_is_tried_again(folder: Path, server: Server, misbehave: Callable[[Handler], None]) -> None:
     """Red if one hiccup of the network ends a run of days, or wrong bytes are trained on."""
     shards = ShardSet.open(f"{server.url}/set", remote=QUICK)
@@ -131,6 +139,7 @@ def test_what_passes_is_tried_again(folder: Path, server: Server, misbehave: Cal
         (stall, "no answer for 0.5 s, at the last of 3 attempts; .* data.remote.attempts or data.remote.timeout"),
         (hang_up, "the connection ended before the file did, at the last of 3 attempts"),
         (busy, "the server answers 503 Service Unavailable, at the last of 3 attempts"),
+        (no_number, r"the server answers with Content-Length '12 bytes', which is no number, at the last of 3 attempts"),
         (lambda handler: handler.answer(403, b""), "the server answers 403 Forbidden; make it readable for everyone, or sign"),
         (lambda handler: handler.answer(404, b""), "the server answers 404 Not Found; check the address"),
         (lambda handler: handler.answer(416, b""), r"ends before byte \d+, but its manifest says \d+ bytes; copy or prepare"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import random
+import re
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -220,11 +221,11 @@ class HttpFolder:
 
     def _check_part(self, name: str, response: http.client.HTTPResponse, start: int, end: int) -> None:
         """Refuse an answer that does not hold bytes ``start`` to ``end`` of a file of the size expected."""
-        size, length = self._sizes[name], response.getheader("Content-Length")
+        size, length = self._sizes[name], _length(response)
         if response.status == 416:
             raise _OtherSize(f"ends before byte {start}, but its manifest says {size} bytes")
         if response.status == 200:
-            if length is not None and int(length) != size:
+            if length is not None and length != size:
                 raise _OtherSize(f"has {length} bytes, but its manifest says {size} bytes")
             return
         if response.status != 206:
@@ -234,8 +235,22 @@ class HttpFolder:
             raise _OtherSize(f"has {total} bytes, but its manifest says {size} bytes")
         if given != f"{start}-{end - 1}":
             raise http.client.HTTPException(f"bytes {given or '?'} come where {start}-{end - 1} were asked for")
-        if length is not None and int(length) != end - start:
+        if length is not None and length != end - start:
             raise http.client.HTTPException(f"{length} bytes come where {end - start} were asked for")
+
+
+def _length(response: http.client.HTTPResponse) -> int | None:
+    """Bytes of an answer's body; None where it does not say.
+
+    Raises:
+        http.client.HTTPException: it says no number.
+    """
+    length = response.getheader("Content-Length")
+    if length is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,20}", length):
+        return int(length)
+    raise http.client.HTTPException(f"the server answers with Content-Length {length[:40]!r}, which is no number")
 
 
 def _quoted(url: SplitResult) -> SplitResult:
