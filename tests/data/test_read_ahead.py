@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.data.clip_shards import DATA, MEL, MODEL, SAMPLES, assert_same, damage, write_shards
-from tests.data.http_server import serving
+from tests.data.http_server import Server, serving
 from tests.data.test_shards import make_sample, write_set
 from xkd_fast.data.http_folder import RemoteOptions
 from xkd_fast.data.pipeline import ViewPipeline
-from xkd_fast.data.read_ahead import ReadAhead, grouped
+from xkd_fast.data.read_ahead import ReadAhead, Stopped, grouped
 from xkd_fast.data.sequential import SequentialSampler
 from xkd_fast.data.shards import ShardSet
 from xkd_fast.data.views import AugmentOptions, MaskNoise, Views
@@ -115,6 +118,24 @@ def test_an_end_does_not_wait_for_a_server_that_says_nothing(folder: Path) -> No
         assert time.monotonic() - begin < 3
 
 
+def test_a_taker_that_waits_is_told_of_the_end(folder: Path) -> None:
+    """Red if whoever waits for a sample asks the silent server himself once the threads have been stopped."""
+    with serving(folder.parent) as server:
+        shards = ShardSet.open(f"{server.url}/set", remote=RemoteOptions(timeout=4.0, attempts=2))
+        server.delay = 20.0
+        sampler = sampler_of(shards, 10)
+        ahead = ReadAhead(shards, sampler.reading(0, 0), ahead=4, threads=1)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(ahead.take, 0, int(sampler.ids(0, 0)[0]))
+            begin = time.monotonic()
+            ahead.close()
+            with pytest.raises(Stopped):
+                waiting.result()
+            with pytest.raises(Stopped):
+                ahead.take(0, int(sampler.ids(0, 0)[1]))
+        assert time.monotonic() - begin < 3
+
+
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set of real clips."""
@@ -193,3 +214,57 @@ def test_ending_a_stream_ends_its_threads(videos: Path) -> None:
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert threading.active_count() <= before
+
+
+@contextmanager
+def silent_pipeline(videos: Path, order: str) -> Iterator[tuple[ViewPipeline, Server]]:
+    """A pipeline over a server that has given the indices, and now accepts requests and says nothing."""
+    over = threading.Event()
+    with serving(videos.parent) as server:
+        shards = ShardSet.open(f"{server.url}/set", remote=RemoteOptions(timeout=4.0, attempts=3))
+        server.misbehave = lambda handler: over.wait(60)
+        try:
+            yield pipeline(shards, order=order), server
+        finally:
+            over.set()
+
+
+@pytest.mark.parametrize("order", ["random", "sequential"])
+def test_closing_does_not_wait_for_a_server_that_says_nothing(videos: Path, order: str) -> None:
+    """Red if the end of a run waits for the thread that makes batches, which waits for the server, try after try; or if who
+    waits for a batch meanwhile is given an error rather than the end."""
+    with silent_pipeline(videos, order) as (made, server), ThreadPoolExecutor(1) as consumer:
+        rest = consumer.submit(lambda: list(made.batches()))
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and not (
+            server.active and any(thread.name == "data" for thread in threading.enumerate())
+        ):
+            time.sleep(0.01)
+        begin = time.monotonic()
+        made.close()
+        assert rest.result() == [] and time.monotonic() - begin < 3
+
+
+class Interrupted(Exception):
+    """What a signal raises."""
+
+
+def test_an_interruption_does_not_wait_for_a_server_that_says_nothing(videos: Path) -> None:
+    """Red if Ctrl-C, while the step waits for its batch, is heeded minutes later."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with silent_pipeline(videos, "random") as (made, server):
+            stream = made.batches()
+            signal.setitimer(signal.ITIMER_REAL, 1.0)
+            begin = time.monotonic()
+            with pytest.raises(Interrupted):
+                next(stream)
+            made.close()
+            assert server.active > 0 and time.monotonic() - begin < 4
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)

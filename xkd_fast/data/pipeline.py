@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,7 +21,7 @@ from xkd_fast.data.decode_device import choose, decoding_obstacle
 from xkd_fast.data.fetch import DamagedSample, FetchedClip, Fetcher
 from xkd_fast.data.log_mel import MelOptions
 from xkd_fast.data.prefetch import Prefetcher
-from xkd_fast.data.read_ahead import REMOTE_READERS, ReadAhead
+from xkd_fast.data.read_ahead import REMOTE_READERS, ReadAhead, Stopped
 from xkd_fast.data.sampler import Sampler, mask_noise
 from xkd_fast.data.sequential import SequentialSampler
 from xkd_fast.data.shards import ShardSet
@@ -61,6 +62,14 @@ def check_complete(shards: ShardSet) -> None:
             f"the data set holds {told}, among {len(shards)}, and training needs both; prepare them again with "
             "--missing-audio skip and --missing-video skip"
         )
+
+
+def _close(ahead: ReadAhead | None, prefetcher: Prefetcher[Any] | None) -> None:
+    """Stop a stream: reading first, as the thread that makes batches may wait for what a silent server does not send."""
+    if ahead is not None:
+        ahead.close()
+    if prefetcher is not None:
+        prefetcher.close()
 
 
 @dataclass(frozen=True)
@@ -194,9 +203,7 @@ class ViewPipeline:
             for views, noise, made in prefetcher:
                 yield self._beside.hand_over(views, noise, made)
         finally:
-            prefetcher.close()
-            if ahead is not None:
-                ahead.close()
+            _close(ahead, prefetcher)
             if self._read_ahead is ahead:
                 self._read_ahead = None
 
@@ -213,7 +220,7 @@ class ViewPipeline:
     def _make(self, epoch: int, step: int) -> Iterator[tuple[Views, MaskNoise, Any]]:
         steps = self.sampler.steps_per_epoch
         before: _Making | None = None
-        with self._beside.work():
+        with self._beside.work(), suppress(Stopped):
             for place in itertools.count(epoch * steps + step):
                 for micro in range(self.sampler.accumulation):
                     views, noise, making = self._batch(*divmod(place, steps), micro)
@@ -262,12 +269,8 @@ class ViewPipeline:
         return views, noise, _Making(clips, marks)
 
     def _stop_prefetching(self) -> None:
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
-        if self._read_ahead is not None:
-            self._read_ahead.close()
-            self._read_ahead = None
+        _close(self._read_ahead, self._prefetcher)
+        self._read_ahead = self._prefetcher = None  # only now: what is still in the making must not read by itself
 
     def close(self) -> None:
         """Stop the background work and its threads."""

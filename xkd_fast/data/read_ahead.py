@@ -43,6 +43,10 @@ def grouped(shards: ShardSet, wanted: Iterator[tuple[int, int, int]], size: int 
         yield Read(number, start, end, group, first)
 
 
+class Stopped(Exception):
+    """Reading ahead has been ended, and nothing more is wanted."""
+
+
 class ReadAhead:
     """Threads that read what is wanted next and hold it until it is taken; how far ahead they go is bounded.
 
@@ -80,10 +84,13 @@ class ReadAhead:
         Raises:
             CorruptSampleError: as `ShardSet.read`.
             UserError: what kept any sample from being read.
+            Stopped: `close` was called, before or while this waits.
         """
         key = epoch, sample
         with self._changed:
             self._changed.wait_for(lambda: key in self._held or self._error is not None or self._stopped)
+            if self._stopped:
+                raise Stopped
             if self._error is not None:
                 raise self._error
             data = self._held.pop(key, None)
@@ -97,7 +104,10 @@ class ReadAhead:
         return self._shards.read(sample)
 
     def close(self) -> None:
-        """Stop the threads and wait for them, unless a read under way takes long: its thread ends with it, by itself."""
+        """Stop the threads, and whoever waits in `take`.
+
+        Threads are waited for, but for those whose read takes long: they end with it, by themselves.
+        """
         with self._changed:
             self._stopped = True
             self._held.clear()
