@@ -6,29 +6,29 @@ the cores that the others leave it.
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 
 import torch
 
 from xkd_fast.data.batch_maker import BatchMaker, Setting
 from xkd_fast.data.clip_options import ClipOptions
-from xkd_fast.data.decode import DecodeRequest, UndecodableError
-from xkd_fast.data.fetch import FetchedClip, Fetcher
+from xkd_fast.data.decode import ENGINE_SHARE, DecodeRequest, UndecodableError
+from xkd_fast.data.fetch import FetchedClip, Fetcher, clip_shape, size_problem
 from xkd_fast.data.shards import CorruptSampleError
 from xkd_fast.data.video_codecs import CODECS
 
 MEASURED_FROM = 2000  # samples; smaller sets are trained on before a measurement has paid
-FILES = 16  # decoded again and again
+FILES = 16  # decoded again and again, at least so many at a time
+FILES_PER_THREAD = 2  # at least, as far as a micro-batch has them; with fewer, threads would wait for each other
 SECONDS = 5.0  # no setting is begun later than this
 SECONDS_OF_ONE = 0.5  # that a setting is repeated for, at least twice
 GOOD_ENOUGH = 0.95  # of the best speed: fewer threads that reach it leave cores to others
-MOST_AHEAD = 8  # micro-batches
 ENGINE_SHARES = (0.0, 1.0)  # tried beside the default, where a GPU decodes JPEGs
 
 
@@ -46,9 +46,11 @@ class Calibration:
         told = f"{setting.threads} thread{'s' * (setting.threads > 1)} make batches, {setting.prefetch} ahead of the step"
         if not self.rates:
             return f"{told} ({self.reason})"
-        by_threads = {tried: rate for tried, rate in self.rates.items() if tried.engine_share == Setting(1, 1).engine_share}
-        measured = ", ".join(f"{tried.threads}: {rate:.3g}" for tried, rate in by_threads.items())
-        shares = ", ".join(f"{tried.engine_share:g}: {r:.3g}" for tried, r in self.rates.items() if tried not in by_threads)
+        by_threads = sorted((tried.threads, rate) for tried, rate in self.rates.items() if tried.engine_share == ENGINE_SHARE)
+        measured = ", ".join(f"{threads}: {rate:.3g}" for threads, rate in by_threads)
+        shares = ", ".join(
+            f"{t.engine_share:g}: {rate:.3g}" for t, rate in self.rates.items() if t.engine_share != ENGINE_SHARE
+        )
         shares = f"; of JPEGs to the engine {setting.engine_share:g}, others: {shares} clips/s" if shares else ""
         return f"{told} (by threads: {measured} clips/s{shares}; measured in {self.seconds:.1f} s)"
 
@@ -60,18 +62,16 @@ def cores() -> int:
 
 
 def thread_counts(most: int) -> Iterator[int]:
-    """1, 2, 4 … and ``most``."""
-    count = 1
-    while count < most:
-        yield count
-        count *= 2
+    """``most``, and the powers of 2 below it, from the largest: where the time is short, few threads are left out."""
     yield most
+    for exponent in reversed(range((most - 1).bit_length())):
+        yield 2**exponent
 
 
 def calibrated(
     data: ClipOptions, make: Callable[[Setting], BatchMaker], fetcher: Fetcher, decode_on: torch.device, most: int | None = None
 ) -> Calibration:
-    """The setting for a run: what ``data`` says, and where it says ``auto`` the fastest.
+    """The setting for a run: what ``data`` says, and where ``data.threads`` is ``auto`` the fastest number of threads.
 
     Args:
         data: options.
@@ -81,88 +81,102 @@ def calibrated(
         most: threads that are tried; None = as many as there are processors.
     """
     setting = Setting(data.own_threads, data.own_prefetch)
-    if data.threads != "auto" and data.prefetch != "auto":
+    if data.threads != "auto":
         return Calibration(setting, "as the options say")
     samples = len(fetcher.shards)
     if samples < MEASURED_FROM:
         return Calibration(setting, f"not measured: {samples} samples, fewer than {MEASURED_FROM}")
     begun = time.perf_counter()
     work = _Work(fetcher)
-    if not work.requests:
-        return Calibration(setting, f"not measured: the first {FILES} samples are damaged")
-    runs: dict[Setting, list[float]] = {}  # seconds a clip
+    rates: dict[Setting, float] = {}
 
     def try_out(tried: Setting) -> None:
-        if not runs or time.perf_counter() - begun < SECONDS:
+        if work.files and (not rates or time.perf_counter() - begun < SECONDS):
             with closing(make(tried)) as maker:
-                runs[tried] = work.time(maker)
+                if (rate := work.rate(maker)) is not None:
+                    rates[tried] = rate
 
-    for threads in thread_counts(most or cores()) if data.threads == "auto" else [setting.threads]:
+    for threads in thread_counts(most or cores()):
         try_out(replace(setting, threads=threads))
-    setting = fastest(runs)
+    if not rates:
+        return Calibration(setting, f"not measured: the first {min(FILES, samples)} samples are damaged")
+    setting = fastest(rates)
     if decode_on.type == "cuda" and CODECS[fetcher.shards.codec].engine == "nvJPEG":
         for share in ENGINE_SHARES:
             try_out(replace(setting, engine_share=share))
-        setting = max([tried for tried in runs if tried.threads == setting.threads], key=lambda tried: rate_of(runs[tried]))
-    rates = {tried: rate_of(seconds) for tried, seconds in runs.items()}
-    if data.prefetch == "auto":
-        setting = replace(setting, prefetch=depth(runs[setting], setting.prefetch))
+        setting = max([tried for tried in rates if tried.threads == setting.threads], key=lambda tried: rates[tried])
     return Calibration(setting, "", rates, time.perf_counter() - begun)
 
 
-def rate_of(seconds: Sequence[float]) -> float:
-    """Clips/s, the median."""
-    return 1 / statistics.median(seconds)
+def fastest(rates: dict[Setting, float]) -> Setting:
+    """The setting of the fewest threads that is about as fast as the fastest; ``rates`` are in clips/s."""
+    best = max(rates.values())
+    return min((setting for setting, rate in rates.items() if rate >= GOOD_ENOUGH * best), key=lambda s: s.threads)
 
 
-def fastest(runs: dict[Setting, list[float]]) -> Setting:
-    """The setting of the fewest threads that is about as fast as the fastest; ``runs`` holds seconds a clip."""
-    best = max(rate_of(seconds) for seconds in runs.values())
-    return min((s for s, seconds in runs.items() if rate_of(seconds) >= GOOD_ENOUGH * best), key=lambda s: s.threads)
+@dataclass(frozen=True)
+class _File:
+    """A sample, read."""
 
-
-def depth(seconds: Sequence[float], least: int) -> int:
-    """Micro-batches to keep ahead, so that one that takes as long as the slowest so far does not keep the step waiting."""
-    return min(MOST_AHEAD, max(least, math.ceil(max(seconds) / statistics.median(seconds)) + 1))
+    sample: int
+    request: DecodeRequest
 
 
 class _Work:
-    """The same few files, decoded and augmented with any setting."""
+    """The same few files, decoded and augmented with any setting.
+
+    Attributes:
+        files: those that are whole, as far as is known. What is damaged is left to training, which tells and replaces it.
+    """
 
     def __init__(self, fetcher: Fetcher) -> None:
         self._fetcher = fetcher
-        self._samples: list[int] = []
-        self.requests: list[DecodeRequest] = []
-        for sample in range(min(FILES, fetcher.sampler.files_per_batch, len(fetcher.shards))):
+        self.files: list[_File] = []
+        for sample in range(min(FILES, len(fetcher.shards))):
             try:
                 encoded = fetcher.shards.read(sample)
             except CorruptSampleError:
-                continue  # met, told and replaced when it is trained on
-            self.requests.append(fetcher.request(encoded, sample, fetcher.draws(0, sample)))
-            self._samples.append(sample)
+                continue
+            self.files.append(_File(sample, fetcher.request(encoded, sample, fetcher.draws(0, sample))))
 
-    def time(self, maker: BatchMaker) -> list[float]:
-        """Seconds a clip of some repetitions."""
-        try:
-            self._run(maker)
-        except UndecodableError as error:  # as above
-            for place in sorted(error.reasons, reverse=True):
-                del self.requests[place], self._samples[place]
-            self._run(maker)
+    def rate(self, maker: BatchMaker) -> float | None:
+        """Clips/s, the median of some repetitions; None where no file is left."""
+        count = min(maker.decoder.batch_size, max(FILES, FILES_PER_THREAD * maker.decoder.threads))
+        while batch := list(islice(cycle(self.files), count)):
+            damaged = self._run(maker, batch)
+            if not damaged:
+                return len(batch) * self._fetcher.sampler.clips_per_file / self._seconds(maker, batch)
+            self.files = [file for file in self.files if file.sample not in damaged]
+        return None
+
+    def _seconds(self, maker: BatchMaker, batch: Sequence[_File]) -> float:
         taken: list[float] = []
         while len(taken) < 2 or sum(taken) < SECONDS_OF_ONE:
             begun = time.perf_counter()
-            self._run(maker)
+            self._run(maker, batch)
             taken.append(time.perf_counter() - begun)
-        return [seconds / max(1, len(self.requests) * self._fetcher.sampler.clips_per_file) for seconds in taken]
+        return statistics.median(taken)
 
-    def _run(self, maker: BatchMaker) -> None:
-        decoded = maker.decoder(self.requests)
+    def _run(self, maker: BatchMaker, batch: Sequence[_File]) -> set[int]:
+        """Make one batch; where it holds samples that training would replace, give these, and make none."""
+        try:
+            decoded = maker.decoder([file.request for file in batch])
+        except UndecodableError as error:
+            return {batch[place].sample for place in error.reasons}
+        shards = self._fetcher.shards
+        damaged = {
+            file.sample
+            for file, clip in zip(batch, decoded, strict=True)
+            if size_problem(clip, clip_shape(shards, file.sample)) is not None
+        }
+        if damaged:
+            return damaged
         clips = [
-            FetchedClip(sample, repeat, draw, clip, request.start)
-            for sample, clip, request in zip(self._samples, decoded, self.requests, strict=True)
-            for repeat, draw in enumerate(self._fetcher.draws(0, sample))
+            FetchedClip(file.sample, repeat, draw, clip, file.request.start)
+            for file, clip in zip(batch, decoded, strict=True)
+            for repeat, draw in enumerate(self._fetcher.draws(0, file.sample))
         ]
         cut = maker.moved([clip.cut(self._fetcher.shape) for clip in clips])
         maker.views(cut, [clip.draw for clip in clips])
         torch.get_device_module(maker.device).synchronize()
+        return set()
