@@ -28,9 +28,7 @@ class ClipOptions:
     threads: int | Literal["auto"] = option(
         "auto", "threads that decode, and as many that augment, per process; auto = the fastest in a short measurement"
     )
-    prefetch: int | Literal["auto"] = option(
-        "auto", "finished micro-batches kept ahead of the step; auto = 2, more where making them takes unequal times"
-    )
+    prefetch: int | Literal["auto"] = option("auto", "finished micro-batches kept ahead of the step; auto = 2")
     clips_per_file: int = option(
         1, "clips drawn from each file when it is read and decoded, so often more steps an epoch of files; 1 = off"
     )
