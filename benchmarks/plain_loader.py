@@ -103,7 +103,8 @@ def audio_view(
     window = torch.hann_window(mel.n_fft)
     spectrum = torch.stft(heard, mel.n_fft, mel.hop, window=window, center=True, pad_mode="reflect", return_complex=True)
     energies = bank @ spectrum[:, :frames].abs().square()
-    image = ((energies + torch.finfo(torch.float32).eps).log() - mel.mean) / mel.std
+    image = (energies + torch.finfo(torch.float32).eps).log()
+    image = (image - mel.mean) / mel.std
     if draw.crop is not None:
         bins, width = canvas_size(options, *image.shape)
         canvas = torch.zeros(bins, width)

@@ -272,7 +272,10 @@ def demand() -> dict[str, float]:
 
 
 def test_data(measuring: bool, tmp_path: Path) -> None:
-    """Times all contestants in turns; fails if one of them gives other views. Red if a stage is left out of one of them."""
+    """Times all contestants in turns. Red if one of them takes another picture, another moment or another sound than the rest.
+
+    That none leaves a stage out is for `tests/test_plain_loader.py`, where decoding is the same on both sides.
+    """
     size = FULL if measuring else SMOKE
     cores, folder = processors(), media.folder(measuring, tmp_path) / "data"
     config = load_config(CONFIG, [f"data.train=[{folder}]"])
@@ -358,7 +361,7 @@ def one_thread(folder: Path, paths: list[Path], config: Config, size: Size) -> d
 
 
 def check(contestants: dict[str, Any], loader: ByLoader, config: Config) -> None:
-    """All of them make the views of the same picture and sound; what differs is coding, and where pixels are rounded."""
+    """All of them make the views of the same picture and sound; coding differs, so that no more than a likeness can be asked."""
     shape, files = view_shape(config.data, config.model), contestants["files, PyAV"]
     plain = loader.dataset[0]
     draw = clip_draw(0, 0, 0, files.stored, shape, config.augment)
