@@ -5,7 +5,8 @@
 #   bash benchmarks/gpu.sh            on a GPU: the base model at 32 and 128 clips, then single kernels
 #   bash benchmarks/gpu.sh --kernels  on a GPU: single kernels, optimiser, attention and objectives alone
 #   bash benchmarks/gpu.sh --tune     on a GPU: single kernels alone, after a search for faster launches of each
-#   bash benchmarks/gpu.sh --data     on a GPU: decoding by its engines alone: tests, threads, and steps fed from shards (needs DALI)
+#   bash benchmarks/gpu.sh --data     decoding by a GPU's engines alone: tests, threads, source files, and steps fed from shards; needs
+#                                     all packages of this project with DALI; without a GPU at tiny sizes
 #   bash benchmarks/gpu.sh --ablate   on a GPU: the step without one technique at a time alone, at 32 and 128 clips
 #   bash benchmarks/gpu.sh --smoke    anywhere: tiny sizes, benchmarks/results stays as it is; also what happens without a GPU
 #
@@ -29,14 +30,45 @@ if [[ ! "${XKD_BENCHMARK_SECONDS:-0}" =~ ^[0-9]+$ ]]; then
 fi
 command -v "$python" >/dev/null || { echo "error: PYTHON=$python is not found" >&2; exit 2; }
 "$python" -c 'import torch, triton, pytest' 2>/dev/null || { echo "error: $python lacks torch, Triton or pytest" >&2; exit 2; }
+if [[ "${1:-}" == --data ]]; then # what decodes and prepares, and what its tests import, by the names they are installed by
+    if ! missing=$("$python" - <<'END'
+import importlib
+import sys
 
+NEEDED = {
+    "av": "av", "hypothesis": "hypothesis", "numpy": "numpy", "nvidia.dali.fn": "NVIDIA DALI", "pydantic": "pydantic",
+    "rich": "rich", "safetensors": "safetensors", "yaml": "PyYAML",
+}
+
+
+def lacks(module):
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError):  # or a library that it loads is not there
+        return True
+    return False
+
+
+missing = [name for module, name in NEEDED.items() if lacks(module)]
+print(", ".join(missing))
+sys.exit(bool(missing))
+END
+    ); then
+        echo "error: --data is left out, not installed for $python: $missing; pip install '.[cuda13,test]' brings it (cuda12 for CUDA 12)" >&2
+        exit 2
+    fi
+fi
+
+aside=() # folders that go at the end
+trap 'rm -rf "${aside[@]}"' EXIT
 tests=(tests/model/test_{fast_model,fp8,attention,graphs}.py)
 if [[ "${1:-}" == --smoke ]] || ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     XKD_BENCHMARK_RESULTS=$(mktemp -d)
     export XKD_BENCHMARK_RESULTS
-    trap 'rm -rf "$XKD_BENCHMARK_RESULTS"' EXIT
+    aside+=("$XKD_BENCHMARK_RESULTS")
     echo "smoke run: tiny sizes, benchmarks/results stays as it is"
     tests+=(tests/kernels/test_{bias_gelu,adamw_ema}.py) # the others, interpreted, take minutes
+    [[ "${1:-}" != --data ]] || tests=(tests/data/test_gpu_data.py)
     flags=() seconds=${XKD_BENCHMARK_SECONDS:-86400}
     within() { "${@:2}"; }
 else
@@ -59,7 +91,7 @@ run=("$python" -m pytest -q -p no:cacheprovider -o addopts=)
 # The compiled operators, where the machine has what compiles them.
 if [[ ${#flags[@]} -gt 0 && -z "${XKD_NATIVE:-}" ]]; then
     native=$(mktemp -d)
-    trap 'rm -rf "$native"' EXIT
+    aside+=("$native")
     if cmake -S . -B "$native" -DCMAKE_CUDA_ARCHITECTURES=native >"$native/log" 2>&1 && cmake --build "$native" >>"$native/log" 2>&1; then
         export XKD_NATIVE=$native
     else
@@ -104,8 +136,15 @@ if [[ "${1:-}" == --tune ]]; then
     XKD_BENCHMARK_TUNE=1 bench benchmarks/test_kernels.py
 elif [[ "${1:-}" == --ablate && ${#flags[@]} -gt 0 ]]; then
     bench benchmarks/test_ablation.py
-elif [[ "${1:-}" == --data && ${#flags[@]} -gt 0 ]]; then
-    bench benchmarks/test_feeding.py
+elif [[ "${1:-}" == --data ]]; then
+    if [[ -z "${XKD_BENCHMARK_MEDIA:-}" ]]; then # what one of them renders and prepares serves the others
+        XKD_BENCHMARK_MEDIA=$(mktemp -d)
+        export XKD_BENCHMARK_MEDIA
+        aside+=("$XKD_BENCHMARK_MEDIA")
+    fi
+    bench benchmarks/test_feeding.py -k concurrency
+    bench benchmarks/test_data.py -k source_files
+    bench benchmarks/test_feeding.py -k "not concurrency"
 elif [[ "${1:-}" == --kernels && ${#flags[@]} -gt 0 ]]; then
     bench "${kernels[@]}"
 else

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -35,13 +37,25 @@ HD = SourceKind("1280 × 720", 720, 1280, 10.0)
 TINY = SourceKind("96 × 64", 64, 96, 2.5)
 
 
-def write_sources(folder: Path, kind: SourceKind, count: int) -> list[Path]:
-    """``count`` files ``folder/CLASS/NUMBER.mp4`` of 25 frames a second, classes in turn; those that are there are kept."""
+def write_sources(folder: Path, kind: SourceKind, count: int, *, rendered: int | None = None, processes: int = 1) -> list[Path]:
+    """``count`` files ``folder/CLASS/NUMBER.mp4`` of 25 frames a second, classes in turn; those that are there are kept.
+
+    ``rendered``: how many of them differ, the others being further names of these; None = all. ``processes``: that render.
+    """
     paths = [folder / CLASSES[number % len(CLASSES)] / f"{number:04d}.mp4" for number in range(count)]
+    for parent in {path.parent for path in paths}:
+        parent.mkdir(parents=True, exist_ok=True)
+    different = paths[:rendered]
+    missing = [(path, kind, number) for number, path in enumerate(different) if not path.exists()]
+    if processes > 1 and len(missing) > 1:
+        with ProcessPoolExecutor(min(processes, len(missing)), multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(write_source, *zip(*missing)))
+    else:
+        for arguments in missing:
+            write_source(*arguments)
     for number, path in enumerate(paths):
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_source(path, kind, number)
+            os.link(different[number % len(different)], path)
     return paths
 
 

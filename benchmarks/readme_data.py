@@ -149,6 +149,11 @@ def feeding_paragraph() -> str:
                 f"{share['median']:.1%}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    for result in found:
+        for title in result.get("left_out", ()):
+            lines += ["", f"Not reached on {result['device']}: {title}."]
+        for title, reason in result.get("failed", {}).items():
+            lines += ["", f"Failed on {result['device']}: {title}: {reason}."]
     return "\n".join(lines)
 
 

@@ -33,15 +33,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from benchmarks import media, record
-from benchmarks.originals import Reader, dali_refusal, read_by_pyav, torchcodec_reader, versions
+from benchmarks.originals import DaliFiles, Reader, dali_refusal, read_by_pyav, torchcodec_reader, versions
 from benchmarks.plain_loader import PlainDataset, plain_loader
+from benchmarks.race import too_late
 from xkd_fast.config import Config, load_config
 from xkd_fast.data.augment import ViewMaker
+from xkd_fast.data.beside import moved
 from xkd_fast.data.clip_options import view_shape
 from xkd_fast.data.decode import DecodedClip
 from xkd_fast.data.fetch import clip_shape, cut_clip, encoded_request
@@ -199,6 +202,55 @@ class FromFiles:
         self.pool.shutdown()
 
 
+class FromFilesByDali:
+    """Source files decoded by DALI, a batch at a time, then our augmentation on the same device."""
+
+    def __init__(self, paths: list[Path], config: Config, size: Size, threads: int, device: torch.device) -> None:
+        self.paths, self.augment, self.size = paths, config.augment, size
+        self.shape, self.stored, self.device, self.epoch = (
+            view_shape(config.data, config.model),
+            stored_shape(size.kind),
+            device,
+            0,
+        )
+        shape, stored = self.shape, (self.stored.height, self.stored.width)
+        clip = shape.video.frames, shape.fps, shape.clip_samples, shape.sample_rate
+        self.reader = DaliFiles(paths, stored, *clip, size.batch, threads, device)
+        self.maker = ViewMaker(shape, config.augment, config.mel, device=device)
+        self.bytes_read_per_clip = statistics.mean(path.stat().st_size for path in paths)
+
+    def _clips(self, places: range, epoch: int) -> tuple[list[tuple[Tensor, Tensor]], list[Any]]:
+        draws = [clip_draw(0, epoch, place, self.stored, self.shape, self.augment) for place in places]
+        paths = [self.paths[place % len(self.paths)] for place in places]
+        return self.reader(paths, [draw.start_frame / self.shape.fps for draw in draws]), draws
+
+    def clip(self, place: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Frames [T, H, W, 3] and sound of the clip that is drawn from a file, in the host's memory."""
+        (((frames, sound),), _) = self._clips(range(place, place + 1), epoch)
+        return frames.cpu(), sound
+
+    def decode(self) -> None:
+        """A clip of every file."""
+        self.epoch += 1
+        decoded = self._clips(range(self.size.batch), self.epoch)
+        torch.get_device_module(self.device).synchronize()
+        del decoded  # not before the device is done with it
+
+    def batch(self) -> Views:
+        """Its views."""
+        self.epoch += 1
+        clips, draws = self._clips(range(self.size.batch), self.epoch)
+        views = self.maker.empty(len(clips))
+        frames, sounds = zip(*((seen, moved(heard, self.device)) for seen, heard in clips), strict=True)
+        self.maker.fill(views, slice(0, len(clips)), frames, sounds, draws)
+        torch.get_device_module(self.device).synchronize()
+        return views
+
+    def close(self) -> None:
+        """End its threads."""
+        self.reader.close()
+
+
 def stored_shape(kind: media.SourceKind) -> Any:
     """What `prepare` makes of such a file, at the base recipe's rates."""
     from xkd_fast.data.read_video import target_size
@@ -341,6 +393,43 @@ def test_data(measuring: bool, tmp_path: Path) -> None:
         record.write(f"data_{record.place(CPU)}", result)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="DALI decodes H.264 on a GPU alone; `test_data` asks its CPU decoder")
+def test_source_files(measuring: bool, tmp_path: Path) -> None:
+    """Times decoding straight from source files: DALI on a GPU, PyAV and torchcodec on the CPU. Red if pictures differ."""
+    if too_late():
+        pytest.skip("source files: left out, the time is up")
+    device = torch.device("cuda", 0)
+    size = replace(FULL, files=32, batch=32) if measuring else SMOKE
+    cores, folder = processors(), media.folder(measuring, tmp_path) / "feeding"  # whose sources `test_feeding` renders too
+    config = load_config(CONFIG, [f"data.train=[{folder}]"])
+    paths = media.write_sources(folder / "sources", size.kind, size.files, processes=cores)
+    torch.set_num_threads(cores)
+    contestants: dict[str, Any] = {"files, PyAV": FromFiles(paths, config, size, cores, read_by_pyav)}
+    contestants["files, DALI"] = FromFilesByDali(paths, config, size, cores, device)
+    reader, absent = torchcodec_reader(), dict[str, str]()
+    if isinstance(reader, str):
+        absent["files, torchcodec"] = reader
+    else:
+        contestants["files, torchcodec"] = FromFiles(paths, config, size, cores, reader)
+    check(contestants, ByLoader(paths, config, size, cores), config)
+    works = {name: Timed(each.batch, size.batch) for name, each in contestants.items()}
+    works |= {f"{name}, decode": Timed(each.decode, size.batch) for name, each in contestants.items()}
+    in_turns(works, size.rounds)
+    rows = []
+    for name, each in contestants.items():
+        row = {"name": name, "bytes_read_per_clip": round(each.bytes_read_per_clip)} | speeds(works[name])
+        row["decode_clips_per_second"] = record.spread([1 / taken for taken in works[f"{name}, decode"].seconds])
+        rows.append(row)
+        each.close()
+        speed, decoded = (row[key]["median"] for key in ("clips_per_second", "decode_clips_per_second"))
+        print(f"{size.kind.name}, {name}: {speed:.4g} clips/s, {decoded:.4g} decoded alone")
+    print("\n".join(f"{name}: {why}" for name, why in absent.items()))
+    if measuring:
+        about = {"config": CONFIG, "threads": cores, "source": vars(size.kind), "files": size.files, "batch": size.batch}
+        result = {**about, "decoders": versions(), "absent": absent, "rows": rows}
+        record.write(f"originals_{record.place(device)}", result)
+
+
 def speeds(timed: Timed) -> dict[str, Any]:
     """Clips per second by the clock, and what a clip costs of processors, which other programs on them change less."""
     return {
@@ -361,7 +450,7 @@ def one_thread(folder: Path, paths: list[Path], config: Config, size: Size) -> d
 
 
 def check(contestants: dict[str, Any], loader: ByLoader, config: Config) -> None:
-    """All of them make the views of the same picture and sound; coding differs, so that no more than a likeness can be asked."""
+    """All make the views of the same picture and sound; coding differs, so that no more than a likeness can be asked."""
     shape, files = view_shape(config.data, config.model), contestants["files, PyAV"]
     plain = loader.dataset[0]
     draw = clip_draw(0, 0, 0, files.stored, shape, config.augment)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import memory, race, record, table
+from benchmarks import media, memory, race, record, table, test_feeding
 from benchmarks.contestants import Contestant, Fast, FewLaunches, Released
+from benchmarks.readme_data import feeding_paragraph
 from benchmarks.test_step import model_options, named_batches
 from xkd_fast.model.build import build_model
 
@@ -21,6 +26,7 @@ CPU = torch.device("cpu")
 # all that `pip install xkd-fast` brings but torch and Triton; numpy is left, which Triton's interpreter needs in place of a GPU
 ABSENT = ("av", "deepspeed", "hypothesis", "joblib", "matplotlib", "nvidia.dali", "pydantic", "rich", "safetensors", "sklearn")
 ABSENT += ("tensorboard", "yaml")
+UNUSED_BY_DATA = ("deepspeed", "joblib", "matplotlib", "psutil", "sklearn", "tensorboard")
 
 
 def times() -> dict[Path, int]:
@@ -79,13 +85,91 @@ def test_gpu_script_with_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0 and "tests/model/test_fast_model.py" in tests
     assert "benchmarks/test_ablation.py --benchmark" in bench
     done = subprocess.run([*command, "--data"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    tests, bench = done.stdout.splitlines()[2:]
+    tests, *benches = done.stdout.splitlines()[2:]
     assert done.returncode == 0 and "tests/data/test_gpu_data.py" in tests and " tests/kernels" not in tests
-    assert "benchmarks/test_feeding.py --benchmark" in bench
+    assert [bench.split("benchmarks/")[1] for bench in benches] == [
+        "test_feeding.py -k concurrency --benchmark",
+        "test_data.py -k source_files --benchmark",
+        "test_feeding.py -k not concurrency --benchmark",
+    ]
+    assert all(400 < int(bench.split("|")[0]) <= 420 for bench in benches)
     done = subprocess.run([*command, "--kernels"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     tests, bench = done.stdout.splitlines()[2:]
     assert done.returncode == 0 and "tests/model/test_fast_model.py" in tests and " tests/kernels" not in tests
     assert bench.split("benchmarks/")[1:] == others
+
+
+def test_gpu_script_feeds_steps_without_a_gpu(tmp_path: Path) -> None:
+    """Red if ``--data`` needs more than what decodes and prepares, fails first on the machine it is for, or measures others."""
+    before, environment = times(), without(tmp_path, UNUSED_BY_DATA)
+    command = ["bash", "benchmarks/gpu.sh", "--data"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "demo, float32, 2 clips, mosaic by the cpu: " in done.stdout and " of synthetic" in done.stdout
+    assert "bias_gelu" not in done.stdout and "DALI decodes H.264 on a GPU alone" in done.stdout
+    assert times() == before
+
+
+def test_gpu_script_names_what_data_lacks(tmp_path: Path) -> None:
+    """Red if a missing package shows as errors of imports, if the wrong one is named, or if the rest begins without it."""
+    environment = without(tmp_path, ("nvidia.dali", "hypothesis"))
+    command = ["bash", "benchmarks/gpu.sh", "--data"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.count("\n") == 1 and ": hypothesis, NVIDIA DALI; pip install" in done.stderr
+
+
+def test_steps_that_time_does_not_allow_are_listed(tmp_path: Path) -> None:
+    """Red if feeding begins behind the deadline, or does not say what it left out."""
+    environment = {**without(tmp_path, UNUSED_BY_DATA), "XKD_BENCHMARK_SECONDS": "0", "XKD_BENCHMARK_RESULTS": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-qs", "-p", "no:cacheprovider", "-o", "addopts=", "benchmarks/test_feeding.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "demo, float32, 2 clips, mosaic by the cpu: left out, the time is up" in done.stdout
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_every_row_is_written_when_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Red if an interruption costs figures that were there, or a row that fails costs those after it, or is no failure."""
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    table, file = test_feeding.Table("feeding_x", ["a", "b", "c", "d"], {"about": 1}), tmp_path / "feeding_x.json"
+
+    def refused() -> dict[str, Any]:
+        raise RuntimeError("NVDEC refuses it")
+
+    table.add("a", lambda: {"figure": 1}, str)
+    written = json.loads(file.read_text())
+    assert written["rows"] == [{"title": "a", "figure": 1}] and written["left_out"] == ["b", "c", "d"] and written["about"] == 1
+    table.add("b", refused, str)
+    table.add("c", lambda: {"figure": 3}, str)
+    monkeypatch.setenv("XKD_BENCHMARK_SECONDS", "0")
+    table.add("d", lambda: {"figure": 4}, str)
+    written = json.loads(file.read_text())
+    assert [row["title"] for row in written["rows"]] == ["a", "c"] and written["left_out"] == ["d"]
+    assert written["failed"] == {"b": "RuntimeError: NVDEC refuses it"}
+    with pytest.raises(RuntimeError, match="NVDEC refuses it"):
+        table.close()
+    assert "d: left out, the time is up" in capsys.readouterr().out
+
+
+def test_time_that_runs_out_between_codecs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if feeding goes on behind the deadline, loses what it has, or a step's clips are fewer than its files' names."""
+
+    def write_and_be_late(name: str, result: dict[str, Any], write: Callable[..., Path] = record.write) -> Path:
+        monkeypatch.setenv("XKD_BENCHMARK_SECONDS", "0")
+        return write(name, result)
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "write", write_and_be_late)
+    case, by = test_feeding.Case("demo", "float32", 4, 1, 2), [("mosaic", "cpu"), ("mjpeg", "cpu")]
+    pile = test_feeding.Pile(tmp_path / "pile", replace(media.TINY, seconds=4.5), names=4, rendered=1)
+    test_feeding.feed(test_feeding.Table("feeding_x", [case.title(*way) for way in by]), [case], by, pile)
+    (row,) = (written := json.loads((tmp_path / "feeding_x.json").read_text()))["rows"]
+    assert row["codec"] == "mosaic" and row["shards_against_synthetic"]["runs"] == 2
+    assert written["left_out"] == [case.title("mjpeg", "cpu")]
+    assert (
+        not (tmp_path / "pile" / "mjpeg-64").exists() and len({path.stat().st_ino for path in pile.sources.rglob("*.mp4")}) == 1
+    )
 
 
 def test_benchmarks_need_no_numpy(tmp_path: Path) -> None:
@@ -251,3 +335,12 @@ def test_gpu_script_tells_what_was_not_reached(tmp_path: Path, code: int, return
     done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == returned
     assert ("kernels' tests: not all reached" in done.stdout) == told
+
+
+def test_readme_lists_what_feeding_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a reader takes a table that was cut off for all there is."""
+    told = {"device": "a GPU", "rows": [], "left_out": ["vp9 by the gpu"], "failed": {"yuv by the cpu": "UserError: too few"}}
+    (tmp_path / "feeding_cuda.json").write_text(json.dumps(told))
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    lines = feeding_paragraph().splitlines()
+    assert "Not reached on a GPU: vp9 by the gpu." in lines and "Failed on a GPU: yuv by the cpu: UserError: too few." in lines
