@@ -198,6 +198,24 @@ def test_links(media: Path, tmp_path: Path) -> None:
     }
 
 
+def test_links_among_folders_do_not_multiply_their_files(media: Path, tmp_path: Path) -> None:
+    """Red if folders that link to each other give a sample for every way between them, or a class loses what it links to."""
+    names = [f"{number:02d}" for number in range(12)]
+    source = place(media, tmp_path / "videos", {f"a/{name}/{name}.mkv": "good" for name in names} | {"b/own.mkv": "good"})
+    for name in names:
+        for other in names:
+            if other != name:
+                (source / "a" / name / other).symlink_to(source / "a" / other)
+    (source / "b" / "also").symlink_to(source / "a" / "00")
+    found = find_sources(source)
+    expected = {f"a/{name}/{name}.mkv" for name in names} | {"b/own.mkv", "b/also/00.mkv"}
+    assert {found.name for found in found.sources if found.name.startswith("a/")} == {
+        each for each in expected if each[0] == "a"
+    }
+    elsewhere = [each.name for each in found.sources if each.name.startswith("b/")]
+    assert expected - set(elsewhere) == {each for each in expected if each[0] == "a"} and len(elsewhere) == 13
+
+
 # ------------------------------------------------------------------------------------------------------------- wrong input
 
 
@@ -304,7 +322,7 @@ def test_other_sources_are_refused(media: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "more")
     with open(source / "a" / "3.mkv", "ab") as file:
         file.write(b"longer")
-    with pytest.raises(UserError, match="now holds 3 or others, by name or size"):
+    with pytest.raises(UserError, match=r"3\.mkv has \d+ bytes, and had"):
         run(source, tmp_path / "more")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -14,11 +15,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from rich.console import Console
 
+from tests.data.media import noise, write_video
 from tests.data.piles import SMALL, contents, make_media, make_mixed, report_rows, run
-from xkd_fast.data.prepare import PLAN, PrepareOptions, PrepareReport
+from xkd_fast.data.prepare import PLAN, PrepareOptions, PrepareReport, prepare
 from xkd_fast.data.shards import MANIFEST, ShardSet, index_path
 from xkd_fast.errors import UserError
 
@@ -231,7 +235,7 @@ def test_what_timed_out_or_crashed_is_tried_again(
 
 
 def test_what_could_not_be_reached_is_tried_again(mixed: Path, prepared: Path, tmp_path: Path) -> None:
-    """Red if sources on a disk that was away are lost for ever, since their sizes were not known when they were prepared."""
+    """Red if sources on a disk that was away are lost for ever, or finished shards are done again when it is away later."""
     source, shards = tmp_path / "videos", tmp_path / "shards"
     shutil.copytree(mixed, source)
     os.rename(source / "moo", tmp_path / "disk")
@@ -239,21 +243,76 @@ def test_what_could_not_be_reached_is_tried_again(mixed: Path, prepared: Path, t
     for path in sorted((tmp_path / "disk").iterdir()):
         (source / "moo" / path.name).symlink_to(tmp_path / "mounted" / path.name)
     assert run(source, shards).skipped["unreadable"] == 6  # five that are away, and one that is text
-    assert "unreached" in json.loads((shards / PLAN).read_text())
-    before = contents(shards)
     os.rename(tmp_path / "disk", tmp_path / "mounted")
-    assert run(source, shards).converted_now == 0 and contents(shards) == before
+    before = contents(shards)
+    told = io.StringIO()
+    assert prepare(source, shards, SMALL, console=Console(file=told)).converted_now == 0 and contents(shards) == before
+    assert "6 sources skipped before, such as 'moo/" in told.getvalue() and "--retry tries again" in told.getvalue()
     report = run(source, shards, retry=True)
     assert (report.retried, report.recovered) == (6, 5)
-    assert contents(shards) == contents(prepared), "the plan too: the sizes are known now"
+    assert contents(shards) == contents(prepared)
     os.rename(tmp_path / "mounted", tmp_path / "disk")
-    with pytest.raises(UserError, match=r"by name or size \(6 cannot be reached now, such as moo/0.mkv: mend that\); choose"):
-        run(source, shards)
-    os.rename(tmp_path / "disk", tmp_path / "mounted")
+    assert run(source, shards).converted_now == 0 and contents(shards) == contents(prepared)
+
+
+def test_a_source_that_was_mended_is_tried_again(mixed: Path, prepared: Path, tmp_path: Path) -> None:
+    """Red if one file that is downloaded again costs all shards, or its new content is never looked at."""
+    source, shards = tmp_path / "videos", tmp_path / "shards"
+    shutil.copytree(mixed, source)
+    for name in ("bark/1.mkv", "purr/2.mkv"):
+        shutil.copyfile(source / "bark" / "mute.mkv", source / name)
+    assert run(source, shards).skipped["no_audio"] == 3
+    before = contents(shards)
+    for name in ("bark/1.mkv", "purr/2.mkv"):
+        shutil.copyfile(mixed / name, source / name)
+    assert run(source, shards).converted_now == 0 and contents(shards) == before
+    report = run(source, shards, retry=True)
+    assert (report.retried, report.recovered, report.skipped["no_audio"]) == (3, 2, 1)  # the third is text, unreadable
+    assert contents(shards) == contents(prepared)
+
+
+def test_a_source_whose_sample_stands_must_not_change(mixed: Path, prepared: Path, tmp_path: Path) -> None:
+    """Red if a shard goes on standing for what its source no longer is, or the user is not told which it is and the way out."""
+    source, shards = tmp_path / "videos", tmp_path / "shards"
+    shutil.copytree(mixed, source)
+    shutil.copytree(prepared, shards)
     with open(source / "moo" / "2.mkv", "ab") as file:
         file.write(b"longer")
-    with pytest.raises(UserError, match="now holds 20 or others, by name or size; choose"):
-        run(source, shards, retry=True)
+    for retry in (False, True):
+        with pytest.raises(
+            UserError, match=r"moo/2.mkv has \d+ bytes, and had \d+ when its sample in .* was made; restore"
+        ) as told:
+            run(source, shards, retry=retry)
+        assert contents(shards) == contents(prepared)
+    (shards / str(told.value).split("delete ")[1].split(" there")[0]).unlink()
+    assert run(source, shards).converted_now == 3
+    assert run(source, shards).converted_now == 0
+
+
+FULL = """
+import os, resource, signal, sys
+if "xkd_fast.data.workers" in " ".join(sys.orig_argv):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9 * 2**19, 9 * 2**19))
+"""
+
+
+@pytest.mark.parametrize("codec", ["yuv", "mjpeg", "h264", "vp9", "mosaic"])
+def test_a_disk_that_is_full_for_a_worker_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
+    """Red if a long film is listed as unreadable, and the set declared whole, where its stream could not be stored."""
+    for folder in ("hooks", "videos/a"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "hooks" / "sitecustomize.py").write_text(FULL)
+    pictures = np.random.default_rng(0).integers(0, 256, (120, 240, 320, 3), np.uint8)
+    write_video(tmp_path / "videos" / "a" / "noise.mkv", list(pictures), sound=noise(4.8), codecs=("ffv1", "flac"))
+    best = {"yuv": None, "mjpeg": 2, "h264": 0, "vp9": 0, "mosaic": 2}[codec]
+    options = PrepareOptions(codec=codec, fps=25, short_side=240, quality=best, workers=1)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path / "hooks"))
+        with pytest.raises(UserError, match=r"preparing .*shards failed: File too large .*mend that, then call again"):
+            run(tmp_path / "videos", tmp_path / "shards", options)
+    assert not (tmp_path / "shards" / MANIFEST).exists()
+    assert run(tmp_path / "videos", tmp_path / "shards", options).written == 1
 
 
 RETRY = """

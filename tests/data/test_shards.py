@@ -329,6 +329,21 @@ def read_from_threads(path: Path, wanted: list[int], threads: int) -> tuple[bool
     return right, most, open_descriptors(path)
 
 
+def test_what_the_system_gives_in_pieces_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a stream longer than one read may be, on Linux 2 GiB, counts as damaged."""
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    read, asked = os.pread, []
+
+    def short(descriptor: int, size: int, offset: int) -> bytes:
+        asked.append(size)
+        return read(descriptor, min(size, 30), offset)
+
+    monkeypatch.setattr(os, "pread", short)
+    file = storage.OpenFiles().get(tmp_path / "file")
+    assert file.read(5, 80) == bytes(range(5, 85)) and asked == [80, 50, 20]
+    assert file.read(90, 80) == bytes(range(90, 100)) and file.read(100, 5) == b""
+
+
 def test_an_address_of_another_kind_is_refused() -> None:
     """Red if it is taken for a folder of that name, and the user is told to prepare it."""
     with pytest.raises(UserError, match=r"s3://bucket/shards is no place of shards.* name the https address of the store"):

@@ -144,8 +144,8 @@ def test_a_list_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("path,label\na.mkv,cat\nsub/b.mkv,cat\n", "this call names 2 or others, by name, class or size"),
-        ("path,label,start\na.mkv,dog,1\nsub/b.mkv,cat,\n", "by name, class or size"),
+        ("path,label\na.mkv,cat\nsub/b.mkv,cat\n", "this call names 2 or others, by name or class"),
+        ("path,label,start\na.mkv,dog,1\nsub/b.mkv,cat,\n", "by name or class"),
     ],
 )
 def test_a_folder_is_continued_with_the_same_classes_only(media: Path, tmp_path: Path, text: str, words: str) -> None:

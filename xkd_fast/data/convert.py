@@ -13,7 +13,7 @@ from xkd_fast.data.encode import VideoEncoder
 from xkd_fast.data.read_video import VideoReader
 from xkd_fast.data.sound_track import SoundTrack, take_sound
 from xkd_fast.data.source_file import Skip, Skipped, audio_stream, open_source, promised_seconds, require_file, video_stream
-from xkd_fast.data.spool import Payload, Spool
+from xkd_fast.data.spool import CannotStore, NotStored, Payload, Spool
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,12 @@ class Converted:
     audio_offset: float  # seconds from the first frame to the source's first sound; what came before the picture was cut
 
 
-def convert(task: ConvertTask) -> Converted | Skipped:
-    """Convert one source file; what is wrong with it comes back as :class:`Skipped`."""
+def convert(task: ConvertTask) -> Converted | Skipped | NotStored:
+    """Convert one source file; what is wrong with it comes back as :class:`Skipped`, what with the disk as `NotStored`."""
     try:
         return _convert(task)
+    except CannotStore as failure:
+        return failure.about
     except Skip as skip:
         return skip.skipped
     except (av.error.FFmpegError, OSError) as error:  # without the path, so that the words do not depend on it

@@ -38,19 +38,17 @@ from xkd_fast.data.prepare_plan import (
     choose_codec,
     continues,
     holds_no_sample,
-    learn_sizes,
     plan_of,
     shuffle,
-    unreached_in,
 )
 from xkd_fast.data.shards import FORMAT, MANIFEST, NewSample, ShardWriter, StandingShard, index_path, read_json
 from xkd_fast.data.sources import Source, SourceSet, find_sources
-from xkd_fast.data.spool import Payload
+from xkd_fast.data.spool import NotStored, Payload
 from xkd_fast.data.workers import PAUSE, Outcome, require_workers, run_tasks
 from xkd_fast.errors import UserError
 from xkd_fast.files import InUse, aside, sole_use, write_aside
 
-REPORT_COLUMNS = ("source", "status", "reason", "detail", "key", "shard", "frames")
+REPORT_COLUMNS = ("source", "status", "reason", "detail", "key", "shard", "frames", "bytes")  # the last one: of the source
 WITHOUT_AUDIO, WITHOUT_VIDEO = "without audio", "without video"  # details of sources that were written
 RETRIED = ("timed_out", "crashed", "unreadable")  # reasons that may be the machine's, its load's or its file system's
 SPOOLS = ".converting-"  # how the folder of long streams begins, inside the destination
@@ -99,8 +97,8 @@ def prepare(
         console: where progress is shown.
 
     Raises:
-        UserError: no videos, a destination that belongs to something else, is in use or cannot be written, or no video that
-            could be used.
+        UserError: no videos, a destination that belongs to something else, is in use or cannot be written, a video of a
+            finished shard that has changed since, or no video that could be used.
     """
     options, console = options or PrepareOptions(), console or Console()
     destination = Path(destination)
@@ -116,12 +114,10 @@ def prepare(
     try:
         with sole_use(destination):
             options, reason = choose_codec(options, destination)
-            plan = plan_of(sources, options, unreached_in(destination)) | ({REPLACEABLE: True} if replace else {})
+            plan = plan_of(sources, options) | ({REPLACEABLE: True} if replace else {})
             for sentence in (begin(destination, plan, anew=replace), reason):
                 if sentence:
                     console.print(escape(sentence), soft_wrap=True, highlight=False)
-            if retry:
-                learn_sizes(destination, sources, options)
             return _prepare(destination, sources, options, workers, console, retry)
     except InUse as error:
         raise UserError(f"another prepare is writing to {destination}; wait for it, or stop it") from error
@@ -153,11 +149,12 @@ def standing_shards(sources: SourceSet, destination: Path, options: PrepareOptio
         raise UserError(f"{destination} is a file; name a folder for the shards")
     if not destination.is_dir() or all(entry.name == aside(destination / PLAN).name for entry in destination.iterdir()):
         return 0
-    plan = plan_of(sources, choose_codec(options, destination)[0], unreached_in(destination))
+    plan = plan_of(sources, choose_codec(options, destination)[0])
     if holds_no_sample(destination) and not continues(destination, plan):
         return 0
     check_plan(destination, plan)
-    return sum(_is_whole(_tar(destination, number)) for number in range(len(shards_of(sources, options))))
+    shards = shards_of(sources, options)
+    return len(shards) - sum(work.standing is None for work in _work(destination, shards, retry=False)[0])
 
 
 @dataclass(frozen=True)
@@ -175,25 +172,48 @@ class _Work:
         return [self.sources[place] for place in self.places]
 
 
-def _work(destination: Path, shards: list[list[Source]], retry: bool) -> list[_Work]:
-    """The shards that are missing, and with ``retry`` those with sources to try again."""
-    work = []
+def _work(destination: Path, shards: list[list[Source]], retry: bool) -> tuple[list[_Work], list[Source]]:
+    """The shards that are missing, and with ``retry`` those with sources to try again; and the sources left for a retry.
+
+    Raises:
+        UserError: a source whose sample stands has changed since.
+    """
+    work: list[_Work] = []
+    left: list[Source] = []
     for number, sources in enumerate(shards):
         tar = _tar(destination, number)
-        if not _is_whole(tar):
+        index = standing_index(tar)
+        if index is None:
             work.append(_Work(number, sources, range(len(sources))))
-        elif retry:
-            standing = StandingShard(tar)
-            places = [place for place, row in enumerate(standing.index["report"]) if row["reason"] in RETRIED]
-            if places:
-                work.append(_Work(number, sources, places, standing))
-    return work
+            continue
+        _require_unchanged(destination, sources, index["report"])
+        changed = [place for place, row in enumerate(index["report"]) if _has_changed(sources[place], row)]
+        again = [place for place, row in enumerate(index["report"]) if row["reason"] in RETRIED or place in changed]
+        if retry and again:
+            work.append(_Work(number, sources, again, StandingShard(tar)))
+        elif not retry:
+            left += [sources[place] for place in changed]
+    return work, left
+
+
+def _has_changed(source: Source, row: dict[str, Any]) -> bool:
+    """Whether a file can be reached and has not the size that it had when its row was written."""
+    return source.size >= 0 and row.get("bytes") != source.size
+
+
+def _require_unchanged(destination: Path, sources: list[Source], rows: list[dict[str, Any]]) -> None:
+    for source, row in zip(sources, rows, strict=True):
+        if row["status"] == "written" and row.get("bytes") != "" and _has_changed(source, row):
+            raise UserError(
+                f"{source.path} has {source.size} bytes, and had {row.get('bytes')} when its sample in {destination} was made; "
+                f"restore it, or delete {row['shard']} there to have that shard made again"
+            )
 
 
 def standing_samples(destination: str | os.PathLike[str]) -> tuple[int, int]:
     """How many samples, in how many finished shards, stand in a folder."""
-    whole = [tar for tar in Path(destination).glob("shard-[0-9]*.tar") if _is_whole(tar)]
-    return sum(len(read_json(index_path(tar), "the index of a shard")["samples"]) for tar in whole), len(whole)
+    found = [index for tar in Path(destination).glob("shard-[0-9]*.tar") if (index := standing_index(tar)) is not None]
+    return sum(len(index["samples"]) for index in found), len(found)
 
 
 def _prepare(
@@ -202,7 +222,10 @@ def _prepare(
     """Write the shards that are missing, then report and manifest."""
     numbers = {name: number for number, name in enumerate(sources.classes)}
     shards = shards_of(sources, options)
-    work, total = _work(destination, shards, retry), sum(map(len, shards))
+    (work, left), total = _work(destination, shards, retry), sum(map(len, shards))
+    if left:
+        told = f"{len(left)} {'source' if len(left) == 1 else 'sources'} skipped before, such as {left[0].name!r}, "
+        console.print(escape(f"{told}changed since: --retry tries again"), soft_wrap=True, highlight=False)
     now = sum(len(each.places) for each in work)
     done = total - now
     report = PrepareReport(0, shards=len(shards), converted_now=now)
@@ -292,8 +315,10 @@ def _tar(destination: Path, number: int) -> Path:
     return destination / f"{_name(number)}.tar"
 
 
-def _is_whole(tar: Path) -> bool:
-    """Whether a shard stands: its index, which is written last and has its two tables, and a tar of the size that it says.
+def standing_index(tar: Path) -> dict[str, Any] | None:
+    """The index of a shard that stands; None where it does not.
+
+    It stands where its index, which is written last, has its two tables, and the tar the size that it says.
 
     Raises:
         UserError: a file of it that is there but cannot be reached; what it holds may be whole.
@@ -301,7 +326,7 @@ def _is_whole(tar: Path) -> bool:
     try:
         size, text = tar.stat().st_size, index_path(tar).read_bytes()
     except FileNotFoundError:
-        return False
+        return None
     except OSError as error:
         raise UserError(
             f"{error.filename}, of a finished shard, cannot be read: {error.strerror}; make it readable, "
@@ -310,13 +335,10 @@ def _is_whole(tar: Path) -> bool:
     try:
         index = json.loads(text)
     except ValueError:
-        return False
-    return (
-        isinstance(index, dict)
-        and size == index.get("bytes")
-        and _is_table(index, "samples", "key")
-        and _is_table(index, "report", "reason")
-    )
+        return None
+    if not isinstance(index, dict) or size != index.get("bytes"):
+        return None
+    return index if _is_table(index, "samples", "key") and _is_table(index, "report", "reason") else None
 
 
 def _is_table(index: dict[str, Any], name: str, column: str) -> bool:
@@ -393,7 +415,11 @@ def _store(
 ) -> dict[str, Any]:
     """Write a source's sample, if it gave one; returns its row of the report."""
     row: dict[str, Any] = dict.fromkeys(REPORT_COLUMNS, "") | {"source": source.name, "status": "skipped"}
+    if source.size >= 0:
+        row["bytes"] = source.size
     result = outcome.result
+    if isinstance(result, NotStored):
+        raise OSError(result.errno, result.strerror, result.path)
     if outcome.failure is not None:
         reason = "unreadable" if outcome.failure == "raised" else outcome.failure
         return row | {"reason": reason, "detail": outcome.detail}

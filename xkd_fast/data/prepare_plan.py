@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from xkd_fast.files import aside, write_aside
 
 PLAN = "prepare.json"
 REPORT = "report.csv"
-UNREACHED = "unreached"  # in a plan: names of sources whose size could not be read; it may be anything later
 REPLACEABLE = "replaceable"  # in a plan: a later call with replace=True may remove the shards
-CONVERTER = 2  # of the code that turns a source into a sample; another one gives other pictures or sound
+CONVERTER = 3  # of the code that turns a source into a sample; another one gives other samples, pictures or sound
 
 
 def shuffle(sources: list[Source], seed: int) -> list[Source]:
@@ -32,44 +31,20 @@ def shuffle(sources: list[Source], seed: int) -> list[Source]:
     return sorted(sources, key=rank)
 
 
-def plan_of(sources: SourceSet, options: PrepareOptions, unreached: Collection[str] = ()) -> dict[str, Any]:
+def plan_of(sources: SourceSet, options: PrepareOptions) -> dict[str, Any]:
     """What identifies a run: its options and its sources. A folder is only continued by the same plan.
 
-    The sizes of the sources named in ``unreached`` are left out, like those that cannot be read now.
+    What the files hold is no part of it: whether they have changed is asked shard by shard.
     """
     ordered = shuffle(sources.sources, options.seed)
-    unsized = {source.name for source in ordered if source.size < 0 and not source.missing} | set(unreached)
-    names = _digest(f"{source.name}\0{-1 if source.name in unsized else source.size}" for source in ordered)
     plan: dict[str, Any] = {"format": FORMAT, "converter": CONVERTER, "options": options.content()}
-    plan |= {"sources": len(ordered), "names_and_sizes": names}
-    if unsized:
-        plan[UNREACHED] = sorted(unsized)
+    plan |= {"sources": len(ordered), "names": _digest(source.name for source in ordered)}
     if missing := [source.name for source in ordered if source.missing]:
         plan["missing"] = _digest(missing)
     if sources.about:  # in a folder the names tell the classes
         labels = _digest("\0".join(source.classes) for source in ordered)
         plan |= {"about": sources.about, "labels": _digest([labels, *sources.classes])}
     return plan
-
-
-def unreached_in(destination: Path) -> frozenset[str]:
-    """Names of the sources whose size the plan in a folder does not know."""
-    try:
-        names = json.loads((destination / PLAN).read_text(encoding="utf-8")).get(UNREACHED, [])
-        return frozenset(name for name in names if isinstance(name, str))
-    except (OSError, ValueError, AttributeError, TypeError):  # what is damaged, `check_plan` refuses
-        return frozenset()
-
-
-def learn_sizes(destination: Path, sources: SourceSet, options: PrepareOptions) -> None:
-    """Note the sizes of the sources that can be reached now in the plan of a folder, which has been checked."""
-    if unreached_in(destination):
-        kept = {REPLACEABLE: True} if _is_replaceable(destination) else {}
-        _note(destination / PLAN, plan_of(sources, options) | kept)
-
-
-def _note(path: Path, plan: dict[str, Any]) -> None:
-    write_aside(path, json.dumps(plan, indent=2).encode())
 
 
 def _digest(texts: Iterable[str]) -> str:
@@ -92,8 +67,8 @@ def check_plan(destination: Path, plan: dict[str, Any]) -> None:
             )
         if stored.get("converter", 1) != plan["converter"]:
             raise UserError(
-                f"{destination} was prepared by another version, whose pictures and sound differ from this one's (a whole set "
-                "can be trained on as it is); choose another folder, or delete this one"
+                f"{destination} was prepared by another version, whose samples differ from this one's (a whole set can be "
+                "trained on as it is); choose another folder, or delete this one"
             )
         options, usual = stored.get("options"), PrepareOptions(codec="mjpeg").content()  # codec and quality were always noted
         for name, value in plan["options"].items():
@@ -108,20 +83,18 @@ def check_plan(destination: Path, plan: dict[str, Any]) -> None:
                 f"{destination} was prepared from {_told(stored.get('about'))}, this call names {_told(plan.get('about'))}; "
                 "choose another folder, or delete this one"
             )
-        if any(stored.get(name) != plan.get(name) for name in {*plan, "missing", UNREACHED} - {REPLACEABLE, "options"}):
+        if any(stored.get(name) != plan.get(name) for name in {*plan, "missing"} - {REPLACEABLE, "options"}):
             folder = "about" not in plan
             now = "the source folder now holds" if folder else "this call names"
-            what = "name or size" if folder else "name, class or size"
-            gone = sorted({*plan.get(UNREACHED, ())} - {*(stored.get(UNREACHED) or ())})
-            lost = f" ({len(gone)} cannot be reached now, such as {gone[0]}: mend that)" if gone else ""
             raise UserError(
-                f"{destination} was prepared from {stored.get('sources')} videos, and {now} "
-                f"{plan['sources']} or others, by {what}{lost}; choose another folder, or delete this one"
+                f"{destination} was prepared from {stored.get('sources')} videos, and {now} {plan['sources']} or others, by "
+                f"{'name' if folder else 'name or class'}; prepare new ones by themselves into another folder "
+                "(data.train takes several), or delete this one"
             )
         return
     if any(entry.name != aside(path).name for entry in destination.iterdir()):  # that one is of a call that was cut off here
         raise UserError(f"{destination} holds files that are not shards of prepare; choose an empty or a new folder")
-    _note(path, plan)
+    write_aside(path, json.dumps(plan, indent=2).encode())
 
 
 def _told(about: object) -> str:
@@ -169,7 +142,7 @@ def holds_no_sample(destination: Path) -> bool:
     """Whether a folder is prepare's own, and nothing is lost where it is begun anew: all of its shards are empty."""
     try:
         plan = json.loads((destination / PLAN).read_text(encoding="utf-8"))
-        if not isinstance(plan, dict) or "names_and_sizes" not in plan:
+        if not isinstance(plan, dict) or "names" not in plan:
             return False
         return all(
             json.loads(index_path(tar).read_text(encoding="utf-8"))["samples"] == [] for tar in destination.glob("shard-*.tar")

@@ -108,29 +108,31 @@ def find_sources(root: Path, suffixes: Collection[str] = VIDEO_SUFFIXES) -> Sour
 def media_names(root: Path, suffixes: Collection[str], left_out: Counter[str] | None = None) -> Iterator[str]:
     """Paths below ``root``, with forward slashes, of files with one of these endings (in small letters).
 
-    Links to folders are followed, but not back into a folder that the path came through; hidden names are passed over, and so
-    is a disk's ``lost+found`` in ``root``.
-    ``left_out`` counts files with other endings, by these.
+    A link to a folder is followed, but into no folder that the path came through, nor one that holds files of the same class
+    already: links among folders would multiply their files. Hidden names are passed over, and so is a disk's ``lost+found`` in
+    ``root``. ``left_out`` counts files with other endings, by these.
 
     Raises:
         UserError: a folder that cannot be listed.
     """
-    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
-    while waiting:
-        folder, above = waiting.pop()
+    waiting, links = [("", frozenset[tuple[int, int]]())], list[tuple[str, frozenset[tuple[int, int]]]]()
+    seen: set[tuple[str, int, int]] = set()
+    while waiting or links:  # folders themselves before links to them, so that names do not depend on the file system's order
+        folder, above = waiting.pop() if waiting else links.pop()
         try:
             status = os.stat(root / folder)
-            entries = list(os.scandir(root / folder))
+            entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             raise UserError(f"{root / folder} cannot be listed: {error.strerror}; make it readable or remove it") from error
         identity = (status.st_dev, status.st_ino)
-        if identity in above:
+        if identity in above or (folder.split("/", 1)[0], *identity) in seen:
             continue
+        seen.add((folder.split("/", 1)[0], *identity))
         for entry in entries:
             if entry.name.startswith(".") or (not folder and entry.name == LOST_AND_FOUND):
                 continue
             if _is_folder(entry):
-                waiting.append((f"{folder}{entry.name}/", above | {identity}))
+                (links if entry.is_symlink() else waiting).append((f"{folder}{entry.name}/", above | {identity}))
             elif (suffix := os.path.splitext(entry.name)[1].lower()) in suffixes:
                 yield folder + entry.name
             elif left_out is not None:

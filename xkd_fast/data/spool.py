@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import zlib
@@ -67,28 +68,60 @@ def discard(payload: Payload | None) -> None:
             os.unlink(payload.path)
 
 
+@dataclass(frozen=True)
+class NotStored:
+    """Why a stream's file could not be written: its disk's fault, and not its source's."""
+
+    errno: int
+    strerror: str
+    path: str
+
+
+class CannotStore(Exception):
+    """A stream's file cannot be written."""
+
+    def __init__(self, about: NotStored) -> None:
+        super().__init__(about.strerror)
+        self.about = about
+
+
 class Spool:
     """A file to write and to go back in: in memory up to ``IN_MEMORY`` bytes, then at ``path``; without a path in memory alone.
 
-    The folder of ``path`` must exist, and no file at it.
+    The folder of ``path`` must exist, and no file at it. All methods raise `CannotStore` where it cannot be written, and `take`
+    does where any call before it did, whoever made that call and whatever became of its exception.
     """
 
     def __init__(self, path: str | None = None) -> None:
         self.path = path
         self._file: BinaryIO = io.BytesIO()
+        self._failure: CannotStore | None = None
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except OSError as error:
+            about = NotStored(error.errno or errno.EIO, error.strerror or str(error), self.path or "")
+            self._failure = CannotStore(about)
+            raise self._failure from error
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Write at the place reached, as files do."""
-        if self.path is not None and isinstance(self._file, io.BytesIO) and self._file.tell() + len(data) > IN_MEMORY:
-            place, memory = self._file.tell(), self._file
-            self._file = open(self.path, "xb+")  # noqa: SIM115
-            self._file.write(memory.getbuffer())
-            self._file.seek(place)
-        return self._file.write(data)
+        with self._writing():
+            if self.path is not None and isinstance(self._file, io.BytesIO) and self._file.tell() + len(data) > IN_MEMORY:
+                place, memory = self._file.tell(), self._file
+                self._file = open(self.path, "xb+")  # noqa: SIM115
+                self._file.write(memory.getbuffer())
+                self._file.seek(place)
+            return self._file.write(data)
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Go to a place, as files do."""
-        return self._file.seek(offset, whence)
+        with self._writing():
+            return self._file.seek(offset, whence)
 
     def tell(self) -> int:
         """The place reached, bytes from the beginning."""
@@ -96,13 +129,15 @@ class Spool:
 
     def clear(self) -> None:
         """Begin again with nothing."""
-        self._file.seek(0)
-        self._file.truncate()
+        with self._writing():
+            self._file.seek(0)
+            self._file.truncate()
 
     def take(self) -> Payload:
         """What was written; nothing can be written any more."""
-        if isinstance(self._file, io.BytesIO):
-            return self._file.getvalue()
-        assert self.path is not None
-        self._file.close()
-        return Stored(self.path, os.path.getsize(self.path))
+        with self._writing():
+            if isinstance(self._file, io.BytesIO):
+                return self._file.getvalue()
+            assert self.path is not None
+            self._file.close()
+            return Stored(self.path, os.path.getsize(self.path))

@@ -123,7 +123,14 @@ class _File:
 
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes at ``offset``; fewer at the end of the file."""
-        return os.pread(self._descriptor, size, offset)
+        data = os.pread(self._descriptor, size, offset)
+        if len(data) in (0, size):
+            return data
+        parts = [data]  # Linux gives at most 2 GiB at a time
+        while data and (left := size - sum(map(len, parts))):
+            data = os.pread(self._descriptor, left, offset + size - left)
+            parts.append(data)
+        return b"".join(parts)
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
