@@ -160,29 +160,40 @@ def flops_paragraph() -> str:
 
 
 def seeds_paragraph() -> str:
-    """About training in bfloat16 by the fast model beside training in float32 by the reference."""
-    result = json.loads((record.RESULTS / "seeds_cpu.json").read_text())
+    """About training in bfloat16 by the fast model beside training in float32 by the reference, and with teachers in FP8."""
+    told = [
+        "Does it train as the reference does? The demo's run, the reference in float32 and the fast model in bfloat16.",
+        *seeds_table("seeds_cpu", ("reference, float32", "fast, bfloat16")),
+    ]
+    if (record.RESULTS / "seeds_fast_fp8_cpu.json").is_file():
+        told += ["", "The same with teachers in FP8 (`model.teacher_precision=fp8`), which a CPU emulates number by number."]
+        told += seeds_table("seeds_fast_fp8_cpu", ("fast, bfloat16", "teachers in FP8"))
+    return "\n".join(told)
+
+
+def seeds_table(name: str, titles: tuple[str, str]) -> list[str]:
+    """Lines about two kinds of runs, the first what the second is held against."""
+    result = json.loads((record.RESULTS / f"{name}.json").read_text())
     seeds, noise = len(result["seeds"]), {m: row["expected_difference"] for m, row in result["top1"].items()}
     lines = [
-        f"Does it train as the reference does? The demo's run with {seeds} seeds of each, the reference in float32 and the",
-        "fast model in bfloat16 (`benchmarks/results/seeds_cpu.json`). Top-1 accuracy by seed, the difference of the means,",
-        "and the standard deviation that seeds alone give such a difference:",
+        f"{seeds} seeds of each (`benchmarks/results/{name}.json`): top-1 accuracy by seed, the difference of the means, and the",
+        "standard deviation that seeds alone give such a difference:",
         "",
-        "| features | reference, float32 | fast, bfloat16 | difference | noise |",
+        f"| features | {titles[0]} | {titles[1]} | difference | noise |",
         "|---|---|---|---|---|",
     ]
     beyond = []
     for modality, expected in noise.items():
-        plain, fast = (result["top1_by_seed"][kind][modality] for kind in ("reference", "fast"))
-        difference = statistics.mean(fast) - statistics.mean(plain)
-        shown = [" ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies) for accuracies in (plain, fast)]
+        plain, other = (accuracies[modality] for accuracies in result["top1_by_seed"].values())
+        difference = statistics.mean(other) - statistics.mean(plain)
+        shown = [" ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies) for accuracies in (plain, other)]
         lines.append(f"| {modality} | {shown[0]} | {shown[1]} | {100 * difference:+.1f} | {100 * expected:.1f} |")
         if abs(difference) > 2 * expected:
-            beyond.append(f"{modality} ({difference / expected:+.1f} deviations)")
+            beyond.append(modality)
     losses = [f"{term} {row['difference']:.3f} ({row['expected_difference']:.3f})" for term, row in result["losses"].items()]
     told = f"Beyond two deviations: {', '.join(beyond)}." if beyond else "All lie within two deviations."
     curves = f"Losses over the run, difference of the mean curves (from seeds alone), root mean squares: {', '.join(losses)}."
-    return "\n".join([*lines, "", told, curves])
+    return [*lines, "", told, curves]
 
 
 def objectives_paragraph() -> str:
