@@ -176,8 +176,8 @@ def seeds_table(name: str, titles: tuple[str, str]) -> list[str]:
     result = json.loads((record.RESULTS / f"{name}.json").read_text())
     seeds, noise = len(result["seeds"]), {m: row["expected_difference"] for m, row in result["top1"].items()}
     lines = [
-        f"{seeds} seeds of each (`benchmarks/results/{name}.json`): top-1 accuracy by seed, the difference of the means, and the",
-        "standard deviation that seeds alone give such a difference:",
+        f"{seeds} seeds of each (`benchmarks/results/{name}.json`): top-1 accuracy by seed, the difference of the means,",
+        "and the standard deviation that seeds alone give such a difference:",
         "",
         f"| features | {titles[0]} | {titles[1]} | difference | noise |",
         "|---|---|---|---|---|",
@@ -188,10 +188,12 @@ def seeds_table(name: str, titles: tuple[str, str]) -> list[str]:
         difference = statistics.mean(other) - statistics.mean(plain)
         shown = [" ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies) for accuracies in (plain, other)]
         lines.append(f"| {modality} | {shown[0]} | {shown[1]} | {100 * difference:+.1f} | {100 * expected:.1f} |")
-        if abs(difference) > 2 * expected:
+        if abs(difference) > 2 * expected > 0:
             beyond.append(modality)
     losses = [f"{term} {row['difference']:.3f} ({row['expected_difference']:.3f})" for term, row in result["losses"].items()]
-    told = f"Beyond two deviations: {', '.join(beyond)}." if beyond else "All lie within two deviations."
+    silent = [modality for modality, expected in noise.items() if expected == 0]
+    told = f"Beyond two deviations: {', '.join(beyond)}" if beyond else "All lie within two deviations"
+    told += f", but for {', '.join(silent)}, where seeds agree by chance and tell no deviation." if silent else "."
     curves = f"Losses over the run, difference of the mean curves (from seeds alone), root mean squares: {', '.join(losses)}."
     return [*lines, "", told, curves]
 
