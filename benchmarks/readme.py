@@ -191,9 +191,9 @@ def seeds_table(name: str, titles: tuple[str, str]) -> list[str]:
         if abs(difference) > 2 * expected > 0:
             beyond.append(modality)
     losses = [f"{term} {row['difference']:.3f} ({row['expected_difference']:.3f})" for term, row in result["losses"].items()]
-    silent = [modality for modality, expected in noise.items() if expected == 0]
+    silent = ", ".join(f"`{modality}`" for modality, expected in noise.items() if expected == 0)
     told = f"Beyond two deviations: {', '.join(beyond)}" if beyond else "All lie within two deviations"
-    told += f", but for {', '.join(silent)}, where seeds agree by chance and tell no deviation." if silent else "."
+    told += f", but for {silent}, where seeds agree by chance and tell no deviation." if silent else "."
     curves = f"Losses over the run, difference of the mean curves (from seeds alone), root mean squares: {', '.join(losses)}."
     return [*lines, "", told, curves]
 
