@@ -17,6 +17,8 @@ from typing import Literal
 
 import pytest
 
+from tests.data.media import noise, write_video
+from tests.data.zoo import SECOND, endless
 from xkd_fast import cli, doctor
 from xkd_fast.data.shards import ShardSet
 from xkd_fast.data.synthetic import SyntheticOptions
@@ -207,10 +209,47 @@ def test_prepare_tells_what_it_wrote_and_what_it_skipped(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["prepare", str(videos), str(shards), "--short-side", "16", "--fps", "4", "--workers", "1"]) == 0
     shown = capsys.readouterr().out
-    assert f"{shards}: 2 samples in 1 shards, 3 videos handled now" in shown
+    assert f"{shards}: 2 samples in 1 shard, 3 videos handled now" in shown
     assert f"1 of 3 videos skipped (1 unreadable); listed in {shards}/report.csv" in shown
     manifest = json.loads((shards / "manifest.json").read_text(encoding="utf-8"))
     assert (manifest["fps"], manifest["short_side"], manifest["samples"]) == (4, 16, 2)
+
+
+def test_prepare_names_the_way_out_of_what_it_skipped(tmp_path, capsys):
+    """Red if a user has to search the help for what keeps silent videos, or gives slow ones more time."""
+    videos, shards = tmp_path / "videos", tmp_path / "shards"
+    videos.mkdir()
+    write_video(videos / "a.mkv", SECOND, sound=noise(1))
+    write_video(videos / "silent.mkv", SECOND)
+    endless(videos / "slow.mkv")
+    prepare = ["prepare", str(videos), str(shards), "--short-side", "16", "--workers", "2"]
+    assert cli.main([*prepare, "--seconds-per-file", "2.5"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{shards}: 1 sample in 1 shard, 3 videos handled now" in shown
+    assert "; --missing-audio keep-as-video-only, with another DESTINATION, keeps videos without sound" in shown
+    assert "; --seconds-per-file 25 --retry, with this DESTINATION, gives what timed out more time" in shown
+    (videos / "slow.mkv").unlink()
+    prepare[2] = str(tmp_path / "others")
+    assert cli.main([*prepare, "--missing-audio", "keep-as-video-only"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 sample has no sound" in shown and "--" not in shown
+
+
+def test_prepare_help_tells_what_options_leave_and_widen(capsys):
+    """Red if --retry seems to try all again, or --missing-video to change nothing about which files count."""
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "if the file's size has changed since; without such a change, truncated, no_video and no_audio are never" in shown
+    assert "then sound files of a folder count too (.wav, .flac" in shown
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, "0 bytes"), (999, "999 bytes"), (34_800, "34.8 kB"), (5e6, "5 MB"), (1.25e12, "1.25 TB")]
+)
+def test_amounts_are_readable(count, words):
+    """Red if small amounts are told as parts of a GB."""
+    assert cli._amount(count) == words
 
 
 @dataclass(frozen=True)

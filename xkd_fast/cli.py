@@ -258,7 +258,9 @@ def prepare(arguments: list[str]) -> int:
         help="audioset, vggsound: what files named by a YouTube id alone hold, the clips or the whole videos (default: auto, "
         "by the lengths of some)")  # fmt: skip
     add("--retry", action="store_true", help="try again what an earlier call could not read in time, crashed on or found "
-        "unreadable; shards that get a sample by that are written again as a whole")  # fmt: skip
+        "unreadable, and what it skipped for any other reason if the file's size has changed since; without such a change, "
+        "truncated, no_video and no_audio are never tried again; shards that get a sample by that are written again as a whole"
+        )  # fmt: skip
     look = parser.add_argument_group("look before you leap (nothing is converted to shards)")
     look.add_argument("--dry-run", action="store_true", help="tell what would be done, and write nothing")
     look.add_argument("--audit", action="store_true", help="open every file that would be prepared, and count what the pile "
@@ -291,20 +293,38 @@ def prepare(arguments: list[str]) -> int:
                 file=sys.stderr,
             )
             return 143 if received else 130
-    print(f"{given.destination}: {report.written} samples in {report.shards} shards, {report.converted_now} videos handled now")
+    print(
+        f"{given.destination}: {_count(report.written, 'sample')} in {_count(report.shards, 'shard')}, "
+        f"{_count(report.converted_now, 'video')} handled now"
+    )
     if given.retry:
-        print(f"{report.retried} videos that were not read before were tried again: {report.recovered} are written now")
+        print(
+            f"tried again what was skipped before: {_count(report.retried, 'video')}, of which {report.recovered} gave a sample"
+        )
     if report.rewritten:
-        print(f"{report.rewritten} shards were written again: a training that has begun on them cannot go on exactly")
+        print(f"{_count(report.rewritten, 'shard')} written again: a training that has begun on the set cannot go on exactly")
     if report.skipped:
         reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.skipped.most_common())
         print(
-            f"{report.skipped.total()} of {report.sources} videos skipped ({reasons}); listed in {given.destination}/{REPORT}"
+            f"{report.skipped.total()} of {_count(report.sources, 'video')} skipped ({reasons}); "
+            f"listed in {given.destination}/{REPORT}{_ways_out(report.skipped, options)}"
         )
     for count, lacking, other in ((report.without_audio, "sound", "video"), (report.without_video, "picture", "audio")):
         if count:
-            print(f"{count} samples have no {lacking}: they serve the evaluation of {other} alone, and no training")
+            have = "has" if count == 1 else "have"
+            print(f"{_count(count, 'sample')} {have} no {lacking}: for the evaluation of {other} alone, and no training")
     return 0
+
+
+def _ways_out(skipped: typing.Mapping[str, int], options: Any) -> str:
+    """Which options make samples of what was skipped."""
+    ways = []
+    if skipped.get("no_audio", 0) + skipped.get("silent_audio", 0) and options.missing_audio == "skip":
+        ways.append("--missing-audio keep-as-video-only, with another DESTINATION, keeps videos without sound")
+    if skipped.get("timed_out"):
+        limit = f"--seconds-per-file {10 * options.seconds_per_file:g} --retry"
+        ways.append(f"{limit}, with this DESTINATION, gives what timed out more time")
+    return "".join(f"; {way}" for way in ways)
 
 
 def _check_prepare_arguments(given: argparse.Namespace) -> None:
@@ -386,21 +406,22 @@ def _dry_run(given: argparse.Namespace, sources: Any, options: Any) -> int:
     parts = sum(source.start is not None or source.end is not None for source in sources.sources)
     unlabelled = sum(not source.classes for source in sources.sources)
     print(
-        f"{found.sources} sources in {len(sources.classes)} classes: {found.shards} shards of at most "
-        f"{options.samples_per_shard} samples, {standing} of which are there already"
+        f"{_count(found.sources, 'source')} in {_count(len(sources.classes), 'class', 'classes')}: "
+        f"{_count(found.shards, 'shard')} of at most {_count(options.samples_per_shard, 'sample')}, "
+        f"{standing} of which {'is' if standing == 1 else 'are'} there already"
     )
-    for count, text in (
-        (len(sources.missing), "files are missing"),
-        (parts, "are parts of files"),
-        (several, "have several classes"),
-        (unlabelled, "have no class"),
+    for count, one, more in (
+        (len(sources.missing), "file is missing", "files are missing"),
+        (parts, "is a part of a file", "are parts of files"),
+        (several, "has several classes", "have several classes"),
+        (unlabelled, "has no class", "have no class"),
     ):
         if count:
-            print(f"  {count} {text}")
-    print(f"  {sum(source.size for source in sources.present if source.size > 0) / 1e9:.3g} GB to read")
+            print(f"  {_count(count, one, more)}")
+    print(f"  {_amount(sum(source.size for source in sources.present if source.size > 0))} to read")
     print(
         f"by {found.tried} of them, converted and thrown away: about {_amount(found.bytes)} of shards in "
-        f"{_time(found.seconds)} with {found.workers} workers"
+        f"{_time(found.seconds)} with {_count(found.workers, 'worker')}"
     )
     if found.skipped:
         reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in found.skipped.items())
@@ -432,8 +453,16 @@ def _audit(given: argparse.Namespace, sources: Any, options: Any) -> int:
     return 0
 
 
+def _count(count: int, one: str, more: str = "") -> str:
+    """So many things, by the name of one or of more; without the latter, that ends in an s."""
+    return f"{count} {one if count == 1 else more or f'{one}s'}"
+
+
 def _amount(count: float) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f} bytes"
 
 
 def _time(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -19,11 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.data.media import PEAK, burst_times, bursts, noise, number_of, numbered, write_video
-from tests.data.zoo import set_display_matrix
+from tests.data.media import PEAK, Sound, burst_times, bursts, noise, number_of, numbered, write_video
+from tests.data.zoo import overwrite_sound, set_display_matrix
 from xkd_fast.data.convert import Converted, ConvertTask, Skipped, convert
 from xkd_fast.data.decode import ClipDecoder, DecodeRequest
 from xkd_fast.data.encode import encode_flac, encode_video
+from xkd_fast.data.probe import ProbeTask, probe
 from xkd_fast.data.read_video import target_size
 
 RATE = 16000
@@ -442,6 +444,43 @@ def test_a_film_that_starts_at_its_index_and_was_cut_is_no_sample(tmp_path: Path
     assert isinstance(run(path), Converted)
     result = run(cut(path, 0.5))
     assert isinstance(result, Skipped) and result.reason in ("truncated", "unreadable")
+
+
+def test_a_part_whose_sound_outlasts_its_picture_is_whole(tmp_path: Path) -> None:
+    """Red if the end of a part is looked for in the picture alone: as a whole the same file is taken."""
+    path = write_video(tmp_path / "video.mkv", PICTURES[:25], sound=noise(6))
+    assert converted(path).frames == converted(path, start=0.0, end=6.0).frames == 8
+
+
+def test_sound_that_begins_late_is_whole(tmp_path: Path) -> None:
+    """Red if the end that Matroska promises is taken for a length: 2 s of sound from the 10th on are not 12 s cut short."""
+    path = write_video(tmp_path / "sound.mka", sounds=[Sound(noise(2), start=10.0)])
+    assert converted(path, without_picture=True).samples == converted(path, without_picture=True, start=0.0).samples == 2 * RATE
+
+
+def test_damage_is_told_by_stream_and_second(tmp_path: Path) -> None:
+    """Red if three bad packets in an hour are only known to be somewhere, or audit and prepare tell them differently."""
+    words = "InvalidDataError: Invalid data found when processing input, in the "
+    path = write_video(
+        tmp_path / "sound.ts",
+        PICTURES * 5,
+        sound=noise(10),
+        codecs=H264,
+        times=[3 + k / 25 for k in range(250)],
+        sound_start=3.0,
+    )
+    result = run(overwrite_sound(path, 0.5))
+    assert isinstance(result, Skipped) and result.reason == "unreadable"
+    assert result.detail in [f"{words}sound after {time} s" for time in (5.0, 5.1, 5.2)]
+    assert probe(ProbeTask(str(path), 8.0, RATE)).problem == result.detail
+    codecs = ("png", "pcm_s16le")
+    path = write_video(tmp_path / "picture.mov", textured(), sound=noise(3), codecs=codecs, pix_fmt="rgb24")
+    data = bytearray(path.read_bytes())
+    place = data.index(b"\x89PNG", len(data) // 2)
+    data[place : place + 2000] = bytes(2000)
+    path.write_bytes(data)
+    result = run(path)
+    assert isinstance(result, Skipped) and re.search(r"Error: .*, in the picture after 1\.[3-7] s$", result.detail), result
 
 
 @pytest.mark.parametrize("name", ["http:x.mkv", "plain.mkv", "ö\n%03d.mkv", os.fsdecode(b"\xff\xfe.mkv")])

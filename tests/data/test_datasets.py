@@ -132,7 +132,7 @@ def test_from_a_release_to_shards(
     ]
     assert cli.main(arguments) == 0
     shown = capsys.readouterr()
-    assert f"{written} samples in 1 shards" in shown.out
+    assert f"{written} samples in 1 shard," in shown.out
     assert f"classes, the official release {DATASETS[name].classes}: a subset, as --subset says" in shown.err
     stored, sources = ShardSet.open(shards), opened(name, root, split=split)
     assert stored.classes == sources.classes

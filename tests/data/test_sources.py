@@ -99,6 +99,16 @@ def test_plain_lines_are_paths(media: Path, tmp_path: Path) -> None:
     assert sources.classes == [] and run(sources, tmp_path / "shards").written == 3
 
 
+@pytest.mark.parametrize(
+    "text", ["path,label\ra.mkv,cat\rsub/b.mkv,cat\r", "label,path\rcat,a.mkv\rcat,sub/b.mkv", "a.mkv\rsub/b.mkv\r"]
+)
+def test_lines_of_old_macs_are_lines(media: Path, text: str) -> None:
+    """Red if a list whose lines end in a carriage return alone is read as one long name."""
+    sources = read_list(write(media, text, "mac.csv"))
+    assert [source.name for source in sources.present] == ["a.mkv", "sub/b.mkv"]
+    assert sources.classes == (["cat"] if "cat" in text else [])
+
+
 def test_a_folder_in_a_list_is_told_as_one(media: Path, tmp_path: Path) -> None:
     """Red if a line that names a folder ends the run, or in a reason that nobody understands."""
     (tmp_path / "folder.mp4").mkdir()
@@ -127,6 +137,18 @@ def test_a_folder_in_a_list_is_told_as_one(media: Path, tmp_path: Path) -> None:
         ("path,label\n ,x\n", "line 2: the path is empty"),
         ('path,label\n"a.mkv,x\n', 'unexpected end of data; write it as csv, with " around cells that hold a comma'),
         ("gone.mkv\nlost.mkv\n", "none of the 2 files that it lists exists, such as .*gone.mkv; paths count from the list's"),
+        ("file, 1.mkv\nlost.mkv\n", "such as .*file, 1.mkv; paths count from the list's"),
+        (
+            "filename,label\na.mkv,cat\n",
+            "filename,label; its first line, 'filename,label', looks like a header of other names; "
+            "write the header path[,label[,start[,end]]]",
+        ),
+        (
+            "path;label\na.mkv;cat\n",
+            "its first line, 'path;label', looks like a header of cells between semicolons; write them between commas, under",
+        ),
+        ("Video File\tclass\na.mkv\tcat\n", "looks like a header of cells between tabs; write them between commas, under the"),
+        ("video_name,y\ra.mkv,cat\r", "its first line, 'video_name,y', looks like a header of other names"),
     ],
 )
 def test_what_a_list_gets_wrong_is_named(media: Path, text: str, words: str) -> None:
@@ -202,24 +224,26 @@ def test_dry_run_tells_and_writes_nothing(media: Path, tmp_path: Path, capsys: p
     before = sorted(media.rglob("*"))
     assert cli.main(["prepare", "--list", str(listed), str(tmp_path / "shards"), "--dry-run", *options]) == 0
     shown = capsys.readouterr().out
-    assert "3 sources in 2 classes: 1 shards of at most 512 samples, 0 of which are there already" in shown
+    assert "3 sources in 2 classes: 1 shard of at most 512 samples, 0 of which are there already" in shown
     for line in (
-        "1 files are missing",
-        "1 are parts of files",
-        "1 have several classes",
-        "1 have no class",
+        "  1 file is missing\n",
+        "  1 is a part of a file\n",
+        "  1 has several classes\n",
+        "  1 has no class\n",
+        f"  {cli._amount(3 * (media / 'a.mkv').stat().st_size)} to read\n",
+        "with 1 worker\n",
         "nothing was written",
     ):
         assert line in shown
     assert not list(tmp_path.iterdir()) and sorted(media.rglob("*")) == before
     assert cli.main(["prepare", "--list", str(listed), str(tmp_path / "shards"), *options]) == 0
-    promised = re.search(r"about ([\d.]+) MB", shown)
+    promised = re.search(r"about ([\d.]+) ([kM])B", shown)
     assert promised is not None
     written = sum(path.stat().st_size for path in (tmp_path / "shards").glob("*.tar"))
-    assert 0.5 < float(promised[1]) * 1e6 / written < 1.5
+    assert 0.5 < float(promised[1]) * {"k": 1e3, "M": 1e6}[promised[2]] / written < 1.5
     capsys.readouterr()
     assert cli.main(["prepare", "--list", str(listed), str(tmp_path / "shards"), "--dry-run", *options]) == 0
-    assert "1 of which are there already" in capsys.readouterr().out
+    assert "1 of which is there already" in capsys.readouterr().out
     assert cli.main(["prepare", "--list", str(listed), str(tmp_path / "shards"), "--dry-run", "--fps", "4"]) == 2
     assert "was prepared with fps = 8.0, this call asks for 4.0" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ All are made by PyAV in a few milliseconds, and are the same each time but for w
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -222,6 +223,67 @@ def endless(path: Path) -> None:
             container.mux(again)
 
 
+def joined(*makes: Callable[[Path], Any], plain: bool = False) -> Callable[[Path], Any]:
+    """The streams of several files in one; ``plain`` = Matroska that says nothing of the lengths of single streams."""
+
+    def make(path: Path) -> None:
+        parts = [path.with_name(f"{path.stem}-{number}.{suffix_of(path, part)}") for number, part in enumerate(makes)]
+        for part, part_of in zip(parts, makes, strict=True):
+            part_of(part)
+        with contextlib.ExitStack() as stack, av.open(str(path), "w") as container:
+            sources = [stack.enter_context(av.open(str(part))) for part in parts]
+            packets = []
+            for source in sources:
+                copies = [container.add_stream_from_template(stream) for stream in source.streams]
+                packets += [(packet, copies[packet.stream.index]) for packet in source.demux() if packet.dts is not None]
+            for packet, copy in sorted(packets, key=lambda found: found[0].dts * found[0].time_base):
+                packet.stream = copy
+                container.mux(packet)
+        for part in parts:
+            part.unlink()
+        if plain:
+            path.write_bytes(path.read_bytes().replace(b"DURATION", b"NO TIMES"))
+
+    return make
+
+
+def suffix_of(path: Path, make: Callable[[Path], Any]) -> str:
+    return "srt" if make is subtitle else path.suffix[1:]
+
+
+def subtitle(path: Path) -> None:
+    """Words that stand from half a second to 6 s."""
+    path.write_text("1\n00:00:00,500 --> 00:00:06,000\nlong after the picture\n", encoding="utf-8")
+
+
+def spliced(path: Path) -> None:
+    """MPEG-TS of 2 s with packets of its sound overwritten at about half."""
+    write_video(path, [numbered(k) for k in range(50)], sound=noise(2), codecs=H264)
+    overwrite_sound(path, 0.5)
+
+
+def overwrite_sound(path: Path, share: float, count: int = 3) -> Path:
+    """Overwrite what some packets of an MPEG-TS hold of its AAC, from a share of them on, but for the headers of blocks."""
+    data = np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, 188).copy()
+    numbers = (data[:, 1] & 0x1F).astype(int) * 256 + data[:, 2]
+    places = np.flatnonzero(numbers == 257)  # the number that FFmpeg gives to the second stream
+    for place in places[int(len(places) * share) :][:count]:
+        header = data[place].tobytes().find(b"\xff\xf1")
+        begin = header + 7 if header >= 0 else 4
+        data[place, begin : begin + 60] = 0xE5
+    path.write_bytes(data.tobytes())
+    return path
+
+
+def timed(path: Path) -> None:
+    """A film of 3 s with the time code of a camera: a stream of one packet, which lasts as long as the film."""
+
+    def setup(stream: Any) -> None:
+        stream.metadata["timecode"] = "01:00:00:00"
+
+    write_video(path, textured(75), sound=noise(3), codecs=("libx264", "pcm_s16le"), options=FAST_START, setup=setup)
+
+
 def link(target: str) -> Callable[[Path], Any]:
     return lambda path: path.symlink_to(target)
 
@@ -239,6 +301,10 @@ def late(path: Path) -> None:
 
 
 W = "written"
+MPEG_SOUNDS = [Sound(noise(1), codec="aac", default=True), Sound(noise(6), codec="aac", default=False)]
+MKV_SOUNDS = [Sound(noise(1), default=True), Sound(noise(6), default=False)]
+SIX_SECONDS = {"pictures": SECOND * 6, "sound": None}
+FAST_START = {"movflags": "+faststart"}
 LONG = {"pictures": textured(75), "sound": noise(3)}
 PUNCTURED = np.where(np.arange(16000) % 100, 0.1, np.nan).astype(np.float32)
 ZOO = [
@@ -313,6 +379,15 @@ ZOO = [
     Animal("sound/silent.mp4", "silent_audio", h264(sound=np.zeros(16000, np.int16))),
     Animal("sound/second of two.mkv", W, heard(*(Sound(noise(1) * k, default=bool(k)) for k in (0, 1))), 8),
     Animal("sound/second of two.mp4", W, heard(*(Sound(noise(1) * k, codec="aac", default=bool(k)) for k in (0, 1))), 8),
+    # streams that are longer than the picture and sound that count
+    Animal("longer/second sound.mkv", W, heard(*MKV_SOUNDS), 8),
+    Animal("longer/second sound.mp4", W, heard(*MPEG_SOUNDS), 8),
+    Animal("longer/second sound.ts", W, h264(sound=None, sounds=MPEG_SOUNDS), 8),
+    Animal("longer/second sound, plain.mkv", W, joined(heard(*MKV_SOUNDS), plain=True), 8),
+    Animal("longer/second film.mp4", W, joined(h264(), h264(**SIX_SECONDS)), 8),
+    Animal("longer/second film.mkv", W, joined(video(), video(**SIX_SECONDS)), 8),
+    Animal("longer/subtitle.mkv", W, joined(video(), subtitle), 8),
+    Animal("longer/subtitle, plain.mkv", W, joined(video(), subtitle, plain=True), 8),
     *(
         Animal(f"sound/{layout} {codec}.{suffix}", W, heard(Sound(channels(count), 48000, layout, codec)), 8)
         for layout, count, codec, suffix in (
@@ -361,10 +436,15 @@ ZOO = [
     Animal("broken/noise.mp4", "unreadable", lambda path: path.write_bytes(np.random.default_rng(0).bytes(10000))),
     Animal("broken/a page.mp4", "unreadable", lambda path: path.write_text("<!DOCTYPE html><html><body>404</body></html>")),
     Animal("broken/cut.mp4", "unreadable", cut(0.7, h264(**LONG))),
-    Animal("broken/cut after its index.mp4", "truncated", cut(0.5, h264(**LONG, options={"movflags": "+faststart"}))),
+    Animal("broken/cut after its index.mp4", "truncated", cut(0.5, h264(**LONG, options=FAST_START))),
     Animal("broken/cut.mkv", "truncated", cut(0.5, video(**LONG))),
     Animal("broken/cut.avi", "truncated", cut(0.5, mpeg(codecs=("mpeg4", "pcm_s16le"), **LONG))),
     Animal("broken/cut.ts", W, cut(0.5, h264(**LONG))),
+    Animal("broken/cut, of two sounds.mkv", "truncated", cut(0.5, video(**LONG, sounds=MKV_SOUNDS[1:]))),
+    Animal("broken/cut, plain.mkv", "truncated", cut(0.5, joined(video(**LONG, sounds=MKV_SOUNDS[1:]), plain=True))),
+    Animal("broken/cut, of two sounds.mp4", "truncated", cut(0.5, h264(**LONG, sounds=MPEG_SOUNDS[1:], options=FAST_START))),
+    Animal("broken/cut, with a time code.mov", "truncated", cut(0.5, timed)),
+    Animal("broken/sound.ts", "unreadable", spliced),
     Animal("broken/cut early.mkv", "unreadable", cut(0.001, video(**LONG))),
     Animal("broken/bytes.mkv", "unreadable", flipped(video(pictures=textured(25)))),
     Animal("broken/bytes.mp4", "unreadable", flipped(h264(pictures=textured(25)))),

@@ -12,7 +12,17 @@ import av
 from xkd_fast.data.encode import VideoEncoder
 from xkd_fast.data.read_video import VideoReader
 from xkd_fast.data.sound_track import SoundTrack, take_sound
-from xkd_fast.data.source_file import Skip, Skipped, audio_stream, open_source, promised_seconds, require_file, video_stream
+from xkd_fast.data.source_file import (
+    Promise,
+    Skip,
+    Skipped,
+    audio_stream,
+    open_source,
+    others_end,
+    promise_of,
+    require_file,
+    video_stream,
+)
 from xkd_fast.data.spool import CannotStore, NotStored, Payload, Spool
 
 
@@ -65,15 +75,13 @@ def _convert(task: ConvertTask) -> Converted:
     require_file(task.path)
     with open_source(task.path) as container:
         has_picture, has_sound = video_stream(container) is not None, audio_stream(container) is not None
-        promised = promised_seconds(container)
+        promise, origin = promise_of(container), (container.start_time or 0) / av.time_base
     if not has_picture and not (has_sound and task.without_picture):
         raise Skip("no_video")
     if not has_sound and not task.without_sound:
         raise Skip("no_audio")
-    partial = task.start is not None or task.end is not None
-    part = (promised if task.end is None else min(promised, task.end)) - (task.start or 0.0)
     if not has_picture:
-        return _convert_sound(task, part)
+        return _convert_sound(task, promise, origin)
     reader = VideoReader(task.path, task.fps, task.short_side, task.start, task.end)
     film: VideoEncoder | None = None
     for picture, frames in reader:
@@ -89,9 +97,7 @@ def _convert(task: ConvertTask) -> Converted:
     if sound is None and not task.without_sound:
         raise Skip("no_audio", "the audio stream holds no sound")
     audio_start, audio_end = (start, start) if sound is None else (sound.start, sound.end)
-    # Matroska promises an end, not a length
-    read = seconds if partial else max(seconds + start, audio_end) - min(start, audio_start, 0.0)
-    _require_whole(read, part)
+    _require_whole(task, promise, max(seconds + start, audio_end), origin)
     heard = sound is not None and sound.heard
     if not heard and not task.without_sound:
         raise Skip("silent_audio", "no sample under the picture is above -80 dB of full scale")
@@ -120,7 +126,7 @@ def _sound_under(task: ConvertTask, begins: float, samples: int) -> SoundTrack |
         return None
 
 
-def _convert_sound(task: ConvertTask, promised: float) -> Converted:
+def _convert_sound(task: ConvertTask, promise: Promise, origin: float) -> Converted:
     """A sample of a source without picture."""
     sound = take_sound(task.path, task.sample_rate, task.start, task.end, spool=_spool(task, "audio"))
     if sound is None:
@@ -128,12 +134,22 @@ def _convert_sound(task: ConvertTask, promised: float) -> Converted:
     seconds = sound.samples / task.sample_rate
     if seconds < max(task.min_seconds, 1 / task.sample_rate):
         raise Skip("too_short", f"{seconds:.2f} s of sound, at least {task.min_seconds:g} s are asked for")
-    _require_whole(seconds, promised)
+    _require_whole(task, promise, sound.end, origin)
     if not sound.heard:
         raise Skip("silent_audio", "no sample is above -80 dB of full scale")
     return Converted(None, sound.flac, 0, sound.samples, 0, 0, 0.0)
 
 
-def _require_whole(read: float, promised: float) -> None:
-    if read < 0.9 * promised - 0.5:
-        raise Skip("truncated", f"{read:.2f} s could be read of the {promised:.2f} s that the file promises")
+def _require_whole(task: ConvertTask, promise: Promise, end: float, origin: float) -> None:
+    """Leave a file that ends long before it says; ``end`` of what was read and ``origin`` of the file by its clock, seconds.
+
+    What it says of all its streams together may be true of those that are not read. They are asked then: if their packets reach
+    the end that is promised, nothing was cut off.
+    """
+    begin, origin = task.start or 0.0, min(origin, 0.0)  # Matroska promises an end, not a length
+    until = promise.seconds if task.end is None else min(promise.seconds, task.end)
+    least = begin + 0.9 * (until - begin) - 0.5
+    read = end - origin
+    if read >= least or (promise.shared and others_end(task.path) - origin >= least):
+        return
+    raise Skip("truncated", f"{read - begin:.2f} s could be read of the {until - begin:.2f} s that the file promises")

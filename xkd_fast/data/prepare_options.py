@@ -32,7 +32,9 @@ class PrepareOptions:
         "videos whose sound is missing or silent: left out, or kept for evaluation of video alone; never filled with zeros",
     )
     missing_video: Literal["skip", "keep-as-audio-only"] = option(
-        "skip", "files without picture: left out, or kept for evaluation of sound alone"
+        "skip",
+        "files without picture: left out, or kept for evaluation of sound alone; then sound files of a folder count too (.wav, "
+        ".flac, .mp3, …)",
     )
     workers: int = option(0, "processes that convert; 0 = one per core")
     seconds_per_file: float = option(300.0, "time limit of one source, seconds; then it is skipped as timed_out")

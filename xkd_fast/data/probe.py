@@ -11,7 +11,7 @@ import av
 from xkd_fast.data.convert import samples_of
 from xkd_fast.data.read_video import frames_in, picture_end
 from xkd_fast.data.sound_track import take_sound
-from xkd_fast.data.source_file import Skip, audio_stream, decoded, open_source, promised_seconds, require_file, video_stream
+from xkd_fast.data.source_file import Skip, audio_stream, decoded, open_source, promise_of, require_file, video_stream
 
 Sound = Literal["heard", "silent", "none"]
 
@@ -65,7 +65,7 @@ def _probe(task: ProbeTask) -> Probe:
         picture, sound = video_stream(container), audio_stream(container)
         found: dict[str, Any] = {
             "container": container.format.name.split(",")[0],
-            "seconds": promised_seconds(container) or None,
+            "seconds": promise_of(container).seconds or None,
         }
         if sound is not None:
             found |= {"audio": sound.codec_context.name, "sample_rate": sound.rate or 0, "channels": sound.channels or 0}
@@ -91,7 +91,9 @@ def _sound_of(task: ProbeTask, under: tuple[float, int] | None) -> Sound:
     """Whether anything is heard on the track that a shard would hold."""
     try:
         track = take_sound(task.path, task.sample_rate, under=under)
-    except Skip:  # the one that it raises: the channels cancel each other
+    except Skip as skip:
+        if skip.skipped.reason != "silent_audio":  # the channels cancel each other
+            raise
         return "silent"
     return "none" if track is None else "heard" if track.heard else "silent"
 

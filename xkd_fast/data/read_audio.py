@@ -52,8 +52,8 @@ class SoundReader:
         """Yield when a piece without pauses begins, how many of its samples came before, and samples [samples]; once.
 
         Raises:
-            Skip: channels of opposite sign, of which mono keeps next to nothing.
-            av.error.FFmpegError: the sound cannot be decoded.
+            Skip: channels of opposite sign, of which mono keeps next to nothing; or sound that cannot be decoded.
+            av.error.FFmpegError: the file cannot be read.
         """
         begun, before, any_yet = 0.0, 0, False
         kept = there = 0.0  # power after the down-mix, and before

@@ -13,7 +13,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from xkd_fast.data.segment import segment_bounds
-from xkd_fast.data.source_file import Skip, decoded, open_source, video_stream
+from xkd_fast.data.source_file import Skip, decoded, open_source, packet_ends, video_stream
 
 # Area averaging, accurate rounding, full chroma: swscale's numbers, of which PyAV before 18 names only the first. Without the
 # last two it darkens a flat 255 to 253, and once more on the way to JPEG.
@@ -42,8 +42,8 @@ class VideoReader:
         """Yield pictures [H, W, 3] uint8, and how many frames each of them is; once.
 
         Raises:
-            Skip: the pictures cannot be used.
-            av.error.FFmpegError: they cannot be decoded.
+            Skip: the pictures cannot be used, or not be decoded.
+            av.error.FFmpegError: the file cannot be read.
         """
         shown = 0
         end = step = 0.0
@@ -95,13 +95,7 @@ def picture_end(path: str) -> float:
     with open_source(path) as container:
         stream = video_stream(container)
         assert stream is not None
-        step = 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
-        end = Fraction(0)
-        for packet in container.demux(stream):
-            begun = packet.dts if packet.pts is None else packet.pts
-            if begun is not None and packet.size:
-                end = max(end, begun * packet.time_base + (packet.duration * packet.time_base if packet.duration else step))
-        return float(end)
+        return float(max(packet_ends(container, [stream]), default=Fraction(0)))
 
 
 def _presented(container: Any, stream: Any, start: float) -> Iterator[Any]:

@@ -55,8 +55,9 @@ def take_sound(
         spool: takes the track as FLAC; without it the sound is only listened to.
 
     Raises:
-        Skip: channels of opposite sign, of which mono keeps next to nothing.
-        av.error.FFmpegError: the sound cannot be decoded.
+        Skip: ``silent_audio``: channels of opposite sign, of which mono keeps next to nothing; ``unreadable``: sound that
+            cannot be decoded.
+        av.error.FFmpegError: the file cannot be read.
     """
     peak = 1.0
     while True:

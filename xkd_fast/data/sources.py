@@ -11,6 +11,7 @@ import errno
 import io
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ VIDEO_SUFFIXES = frozenset(
 SOUND_SUFFIXES = frozenset(".aac .aif .aiff .au .flac .m4a .mka .mp3 .oga .ogg .opus .wav .wma".split())  # noqa: SIM905
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | SOUND_SUFFIXES
 LIST_COLUMNS = ("path", "label", "start", "end")
+HEADER_FORM = "path[,label[,start[,end]]]"
+HEADER_WORDS = frozenset(("class", "clip", "end", "file", "filename", "id", "label", "name", "path", "start", "url", "video"))
 LABEL_SEPARATOR = "|"
 LOST_AND_FOUND = "lost+found"  # at the root of a disk of its own; its administrator alone may list it
 
@@ -169,8 +172,9 @@ def is_missing(path: str | os.PathLike[str]) -> bool:
 def read_list(path: Path) -> SourceSet:
     """Sources that a file lists: a csv with the header ``path[,label[,start[,end]]]``, or one path a line.
 
-    Paths count from the list's folder, or are absolute. A label is a class, several separated by ``|``, or empty; start and
-    end are seconds of the file's own time line, or empty. Files that do not exist are kept, as missing.
+    Lines end as on any system. Paths count from the list's folder, or are absolute. A label is a class, several separated by
+    ``|``, or empty; start and end are seconds of the file's own time line, or empty. Files that do not exist are kept, as
+    missing.
 
     Raises:
         UserError: naming the line, if a row breaks these rules or repeats another; or if nothing is listed, or no file exists.
@@ -192,8 +196,8 @@ def read_list(path: Path) -> SourceSet:
     listed = SourceSet(sources, sorted_classes(sources), {"list": path.name})
     if not listed.present:
         raise UserError(
-            f"{path}: none of the {len(sources)} files that it lists exists, such as {sources[0].path}; paths count from the "
-            "list's folder, or are absolute"
+            f"{path}: none of the {len(sources)} files that it lists exists, such as {sources[0].path}; "
+            + (_other_header(sources[0].name) or "paths count from the list's folder, or are absolute")
         )
     return listed
 
@@ -229,6 +233,8 @@ def csv_rows(path: Path, text: str, *, skip_spaces: bool = False) -> Iterator[tu
 
 def _list_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     text = read_text(path, "a list of sources")
+    if "\n" not in text:  # lines as Macs ended them once, and some programs still do
+        text = text.replace("\r", "\n")
     first = [cell.strip().strip('"').lower() for cell in text.lstrip().split("\n", 1)[0].split(",")]
     if "path" not in first or (first[0] != "path" and not set(first) <= set(LIST_COLUMNS)):
         for number, line in enumerate(text.split("\n"), start=1):
@@ -250,6 +256,19 @@ def _list_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 'write " around a cell that holds a comma'
             )
         yield number, dict(zip(columns, row, strict=True))
+
+
+def _other_header(first: str) -> str:
+    """What to write instead of the header of another kind of table; nothing where a list's first line is no such header."""
+    for separator, called in (("\t", "tabs"), (";", "semicolons"), (",", "")):
+        cells = [cell.strip().strip('"').lower() for cell in first.split(separator)]
+        words = [word for cell in cells for word in re.split(r"[\s_]+", cell)]
+        if len(cells) > 1 and not HEADER_WORDS.isdisjoint(words) and not set("./\\") & set(first):
+            header = f"its first line, {first.strip()!r}, looks like a header"
+            if called:
+                return f"{header} of cells between {called}; write them between commas, under the header {HEADER_FORM}"
+            return f"{header} of other names; write the header {HEADER_FORM}"
+    return ""
 
 
 def _listed(path: Path, line: int, row: dict[str, str]) -> Source:

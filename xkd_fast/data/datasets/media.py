@@ -139,10 +139,10 @@ def length(path: str) -> float | None:
     """Seconds of a file by its header; None where that does not say, or cannot be read. Runs in a worker process."""
     import av
 
-    from xkd_fast.data.source_file import open_source, promised_seconds
+    from xkd_fast.data.source_file import open_source, promise_of
 
     try:
         with open_source(path) as container:
-            return promised_seconds(container) or None
+            return promise_of(container).seconds or None
     except (av.error.FFmpegError, OSError, ValueError):
         return None
