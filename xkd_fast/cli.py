@@ -322,7 +322,7 @@ def _ways_out(skipped: typing.Mapping[str, int], options: Any) -> str:
     if skipped.get("no_audio", 0) + skipped.get("silent_audio", 0) and options.missing_audio == "skip":
         ways.append("--missing-audio keep-as-video-only, with another DESTINATION, keeps videos without sound")
     if skipped.get("timed_out"):
-        limit = f"--seconds-per-file {10 * options.seconds_per_file:g} --retry"
+        limit = f"--seconds-per-file {min(86400.0, 10 * options.seconds_per_file):g} --retry"
         ways.append(f"{limit}, with this DESTINATION, gives what timed out more time")
     return "".join(f"; {way}" for way in ways)
 
