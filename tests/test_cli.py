@@ -20,6 +20,7 @@ import pytest
 from tests.data.media import noise, write_video
 from tests.data.zoo import SECOND, endless
 from xkd_fast import cli, doctor
+from xkd_fast.amounts import amount_of
 from xkd_fast.data.shards import ShardSet
 from xkd_fast.data.synthetic import SyntheticOptions
 from xkd_fast.errors import UserError
@@ -249,7 +250,7 @@ def test_prepare_help_tells_what_options_leave_and_widen(capsys):
 )
 def test_amounts_are_readable(count, words):
     """Red if small amounts are told as parts of a GB."""
-    assert cli._amount(count) == words
+    assert amount_of(count) == words
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("xkd_fast.engine",),
     ("xkd_fast.evaluate",),
     ("xkd_fast.analysis",),
-    ("xkd_fast.train", "xkd_fast.demo", "xkd_fast.doctor", "xkd_fast.interruption", "xkd_fast.cli"),
+    ("xkd_fast.train", "xkd_fast.demo", "xkd_fast.doctor", "xkd_fast.interruption", "xkd_fast.amounts", "xkd_fast.cli"),
 )
 
 # Read by everyone, so they may not lean on their neighbours: the contract between data and model.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from xkd_fast import __version__
+from xkd_fast.amounts import amount_of, count_of, lasting
 from xkd_fast.errors import UserError
 
 EXAMPLES = """\
@@ -294,25 +295,23 @@ def prepare(arguments: list[str]) -> int:
             )
             return 143 if received else 130
     print(
-        f"{given.destination}: {_count(report.written, 'sample')} in {_count(report.shards, 'shard')}, "
-        f"{_count(report.converted_now, 'video')} handled now"
+        f"{given.destination}: {count_of(report.written, 'sample')} in {count_of(report.shards, 'shard')}, "
+        f"{count_of(report.converted_now, 'video')} handled now"
     )
     if given.retry:
-        print(
-            f"tried again what was skipped before: {_count(report.retried, 'video')}, of which {report.recovered} gave a sample"
-        )
+        print(f"tried again what was skipped before: {count_of(report.retried, 'video')}, {report.recovered} gave a sample")
     if report.rewritten:
-        print(f"{_count(report.rewritten, 'shard')} written again: a training that has begun on the set cannot go on exactly")
+        print(f"{count_of(report.rewritten, 'shard')} written again: a training that has begun on the set cannot go on exactly")
     if report.skipped:
         reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.skipped.most_common())
         print(
-            f"{report.skipped.total()} of {_count(report.sources, 'video')} skipped ({reasons}); "
+            f"{report.skipped.total()} of {count_of(report.sources, 'video')} skipped ({reasons}); "
             f"listed in {given.destination}/{REPORT}{_ways_out(report.skipped, options)}"
         )
     for count, lacking, other in ((report.without_audio, "sound", "video"), (report.without_video, "picture", "audio")):
         if count:
             have = "has" if count == 1 else "have"
-            print(f"{_count(count, 'sample')} {have} no {lacking}: for the evaluation of {other} alone, and no training")
+            print(f"{count_of(count, 'sample')} {have} no {lacking}: for the evaluation of {other} alone, and no training")
     return 0
 
 
@@ -406,8 +405,8 @@ def _dry_run(given: argparse.Namespace, sources: Any, options: Any) -> int:
     parts = sum(source.start is not None or source.end is not None for source in sources.sources)
     unlabelled = sum(not source.classes for source in sources.sources)
     print(
-        f"{_count(found.sources, 'source')} in {_count(len(sources.classes), 'class', 'classes')}: "
-        f"{_count(found.shards, 'shard')} of at most {_count(options.samples_per_shard, 'sample')}, "
+        f"{count_of(found.sources, 'source')} in {count_of(len(sources.classes), 'class', 'classes')}: "
+        f"{count_of(found.shards, 'shard')} of at most {count_of(options.samples_per_shard, 'sample')}, "
         f"{standing} of which {'is' if standing == 1 else 'are'} there already"
     )
     for count, one, more in (
@@ -417,11 +416,11 @@ def _dry_run(given: argparse.Namespace, sources: Any, options: Any) -> int:
         (unlabelled, "has no class", "have no class"),
     ):
         if count:
-            print(f"  {_count(count, one, more)}")
-    print(f"  {_amount(sum(source.size for source in sources.present if source.size > 0))} to read")
+            print(f"  {count_of(count, one, more)}")
+    print(f"  {amount_of(sum(source.size for source in sources.present if source.size > 0))} to read")
     print(
-        f"by {found.tried} of them, converted and thrown away: about {_amount(found.bytes)} of shards in "
-        f"{_time(found.seconds)} with {_count(found.workers, 'worker')}"
+        f"by {found.tried} of them, converted and thrown away: about {amount_of(found.bytes)} of shards in "
+        f"{lasting(found.seconds)} with {count_of(found.workers, 'worker')}"
     )
     if found.skipped:
         reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in found.skipped.items())
@@ -451,22 +450,6 @@ def _audit(given: argparse.Namespace, sources: Any, options: Any) -> int:
     if given.plot is not None:
         plot_audit(found, Path(given.plot))
     return 0
-
-
-def _count(count: int, one: str, more: str = "") -> str:
-    """So many things, by the name of one or of more; without the latter, that ends in an s."""
-    return f"{count} {one if count == 1 else more or f'{one}s'}"
-
-
-def _amount(count: float) -> str:
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count:.0f} bytes"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 3600:.3g} h" if seconds >= 3600 else f"{seconds / 60:.3g} min" if seconds >= 60 else f"{seconds:.2g} s"
 
 
 def train(arguments: list[str]) -> int:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tests.data.media import noise, numbered, write_video
 from xkd_fast import cli
+from xkd_fast.amounts import amount_of
 from xkd_fast.data.prepare import PLAN, PrepareOptions, PrepareReport, prepare, standing_shards
 from xkd_fast.data.shards import MANIFEST, ShardSet
 from xkd_fast.data.sources import SourceSet, read_list
@@ -230,7 +231,7 @@ def test_dry_run_tells_and_writes_nothing(media: Path, tmp_path: Path, capsys: p
         "  1 is a part of a file\n",
         "  1 has several classes\n",
         "  1 has no class\n",
-        f"  {cli._amount(3 * (media / 'a.mkv').stat().st_size)} to read\n",
+        f"  {amount_of(3 * (media / 'a.mkv').stat().st_size)} to read\n",
         "with 1 worker\n",
         "nothing was written",
     ):
