@@ -256,6 +256,12 @@ def subtitle(path: Path) -> None:
     path.write_text("1\n00:00:00,500 --> 00:00:06,000\nlong after the picture\n", encoding="utf-8")
 
 
+def glued(path: Path) -> None:
+    """Two recordings one after the other, byte by byte: time stamps begin again."""
+    h264(**LONG)(path)
+    path.write_bytes(2 * path.read_bytes())
+
+
 def spliced(path: Path) -> None:
     """MPEG-TS of 2 s with packets of its sound overwritten at about half."""
     write_video(path, [numbered(k) for k in range(50)], sound=noise(2), codecs=H264)
@@ -445,6 +451,7 @@ ZOO = [
     Animal("broken/cut, of two sounds.mp4", "truncated", cut(0.5, h264(**LONG, sounds=MPEG_SOUNDS[1:], options=FAST_START))),
     Animal("broken/cut, with a time code.mov", "truncated", cut(0.5, timed)),
     Animal("broken/sound.ts", "unreadable", spliced),
+    Animal("broken/joined.ts", "truncated", glued),
     Animal("broken/cut early.mkv", "unreadable", cut(0.001, video(**LONG))),
     Animal("broken/bytes.mkv", "unreadable", flipped(video(pictures=textured(25)))),
     Animal("broken/bytes.mp4", "unreadable", flipped(h264(pictures=textured(25)))),

@@ -46,7 +46,7 @@ class VideoReader:
             av.error.FFmpegError: the file cannot be read.
         """
         shown = 0
-        end = step = 0.0
+        end = step = lost = 0.0
         held: Any = None
 
         def still(until: int) -> Iterator[tuple[NDArray[np.uint8], int]]:
@@ -72,6 +72,7 @@ class VideoReader:
                     self.start = max(time, first)  # what is seen then may have begun before
                 else:
                     if time <= end - step:  # a time stamp that goes back in time carries no information
+                        lost += step
                         continue
                     # rounding of time stamps must not move a frame by a whole interval
                     yield from still(math.ceil((time - self.start - slack) * self._fps))
@@ -82,6 +83,12 @@ class VideoReader:
             if held is None or end <= first:
                 raise Skip("too_short", "no picture lies in the part asked for")
             self.seconds = min(end, last) - self.start
+            if lost > 0.1 * (self.seconds + lost) + 0.5:
+                raise Skip(
+                    "truncated",
+                    f"{lost:.2f} s of pictures come after others whose time stamps are later, as where recordings were joined "
+                    f"byte by byte, and {self.seconds:.2f} s could be read; join them anew, or split them",
+                )
             yield from still(max(shown, frames_in(self.seconds, self._fps)))
 
 

@@ -21,8 +21,8 @@ from typing import Any
 from xkd_fast.errors import UserError
 
 VIDEO_SUFFIXES = frozenset(
-    """.3g2 .3gp .asf .avi .divx .dv .f4v .flv .ivf .m1v .m2ts .m2v .m4a .m4v .mjpeg .mjpg .mkv .mov .mp4 .mpe .mpeg .mpg
-    .mts .mxf .nut .ogm .ogv .qt .rm .rmvb .ts .vob .webm .wmv .y4m""".split()  # noqa: SIM905
+    """.264 .265 .3g2 .3gp .asf .avi .divx .dv .f4v .flv .h264 .h265 .hevc .ivf .m1v .m2ts .m2v .m4a .m4v .mjpeg .mjpg .mkv
+    .mov .mp4 .mpe .mpeg .mpg .mts .mxf .nut .ogm .ogv .qt .rm .rmvb .ts .vob .webm .wmv .y4m""".split()  # noqa: SIM905
 )
 SOUND_SUFFIXES = frozenset(".aac .aif .aiff .au .flac .m4a .mka .mp3 .oga .ogg .opus .wav .wma".split())  # noqa: SIM905
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | SOUND_SUFFIXES
