@@ -323,6 +323,6 @@ def test_the_choice_reaches_prepare(media: Path, tmp_path: Path, capsys: pytest.
     assert cli.main(arguments) == 2
     assert "lists 2 entries of balanced_train, the official release 22160" in capsys.readouterr().err
     assert cli.main([*arguments, "--subset", "--id-files", "videos"]) == 0
-    assert "1 are parts of files" in capsys.readouterr().out
+    assert "1 is a part of a file" in capsys.readouterr().out
     assert cli.main([*arguments, "--subset", "--id-files", "clips"]) == 0
     assert "are parts of files" not in capsys.readouterr().out

@@ -127,7 +127,7 @@ def test_a_shard_that_cannot_be_reached_is_not_made_again(
 
 
 @pytest.mark.parametrize("table", ["report", "samples"])
-@pytest.mark.parametrize("damage", [None, 3, [3]])
+@pytest.mark.parametrize("damage", [None, 3, [3], []])
 @pytest.mark.parametrize("retry", [False, True])
 def test_a_shard_whose_index_lacks_a_table_is_made_again(
     mixed: Path, prepared: Path, tmp_path: Path, table: str, damage: object, retry: bool

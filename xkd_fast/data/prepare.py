@@ -20,6 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def prepare(
         options: sizes, codec, workers.
         retry: try sources of finished shards once more that timed out, crashed or were unreadable. A shard that gets a sample
             by that is written again, with what it held copied, and is then as if its source had been read at once.
-        replace: remove shards of other sources or options rather than refuse the folder, if they were prepared so themselves.
+        replace: remove shards of other or changed sources, or other options, rather than refuse the folder, if they were
+            prepared so themselves.
         console: where progress is shown.
 
     Raises:
@@ -115,7 +117,8 @@ def prepare(
         with sole_use(destination):
             options, reason = choose_codec(options, destination)
             plan = plan_of(sources, options) | ({REPLACEABLE: True} if replace else {})
-            for sentence in (begin(destination, plan, anew=replace), reason):
+            changed = partial(_have_changed, destination, shards_of(sources, options))
+            for sentence in (begin(destination, plan, anew=replace, changed=changed), reason):
                 if sentence:
                     console.print(escape(sentence), soft_wrap=True, highlight=False)
             return _prepare(destination, sources, options, workers, console, retry)
@@ -181,8 +184,7 @@ def _work(destination: Path, shards: list[list[Source]], retry: bool) -> tuple[l
     work: list[_Work] = []
     left: list[Source] = []
     for number, sources in enumerate(shards):
-        tar = _tar(destination, number)
-        index = standing_index(tar)
+        index = _standing(destination, number, sources)
         if index is None:
             work.append(_Work(number, sources, range(len(sources))))
             continue
@@ -190,10 +192,16 @@ def _work(destination: Path, shards: list[list[Source]], retry: bool) -> tuple[l
         changed = [place for place, row in enumerate(index["report"]) if _has_changed(sources[place], row)]
         again = [place for place, row in enumerate(index["report"]) if row["reason"] in RETRIED or place in changed]
         if retry and again:
-            work.append(_Work(number, sources, again, StandingShard(tar)))
+            work.append(_Work(number, sources, again, StandingShard(_tar(destination, number))))
         elif not retry:
             left += [sources[place] for place in changed]
     return work, left
+
+
+def _standing(destination: Path, number: int, sources: list[Source]) -> dict[str, Any] | None:
+    """The index of a shard of so many sources that stands; None where it does not, or is of others."""
+    index = standing_index(_tar(destination, number))
+    return index if index is not None and len(index["report"]) == len(sources) else None
 
 
 def _has_changed(source: Source, row: dict[str, Any]) -> bool:
@@ -201,13 +209,25 @@ def _has_changed(source: Source, row: dict[str, Any]) -> bool:
     return source.size >= 0 and row.get("bytes") != source.size
 
 
-def _require_unchanged(destination: Path, sources: list[Source], rows: list[dict[str, Any]]) -> None:
+def _changed(sources: list[Source], rows: list[dict[str, Any]]) -> Iterator[tuple[Source, dict[str, Any]]]:
+    """The sources of a shard whose samples stand and whose files have changed since, with their rows."""
     for source, row in zip(sources, rows, strict=True):
         if row["status"] == "written" and row.get("bytes") != "" and _has_changed(source, row):
-            raise UserError(
-                f"{source.path} has {source.size} bytes, and had {row.get('bytes')} when its sample in {destination} was made; "
-                f"restore it, or delete {row['shard']} there to have that shard made again"
-            )
+            yield source, row
+
+
+def _have_changed(destination: Path, shards: list[list[Source]]) -> bool:
+    """Whether a sample stands whose source has changed since."""
+    indexes = ((sources, _standing(destination, number, sources)) for number, sources in enumerate(shards))
+    return any(True for sources, index in indexes if index is not None for _ in _changed(sources, index["report"]))
+
+
+def _require_unchanged(destination: Path, sources: list[Source], rows: list[dict[str, Any]]) -> None:
+    for source, row in _changed(sources, rows):
+        raise UserError(
+            f"{source.path} has {source.size} bytes, and had {row.get('bytes')} when its sample in {destination} was made; "
+            f"restore it, or delete {row['shard']} there to have that shard made again"
+        )
 
 
 def standing_samples(destination: str | os.PathLike[str]) -> tuple[int, int]:
@@ -318,7 +338,7 @@ def _tar(destination: Path, number: int) -> Path:
 def standing_index(tar: Path) -> dict[str, Any] | None:
     """The index of a shard that stands; None where it does not.
 
-    It stands where its index, which is written last, has its two tables, and the tar the size that it says.
+    It stands where its index, which is written last, has its two tables, which agree, and the tar the size that it says.
 
     Raises:
         UserError: a file of it that is there but cannot be reached; what it holds may be whole.
@@ -338,7 +358,10 @@ def standing_index(tar: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(index, dict) or size != index.get("bytes"):
         return None
-    return index if _is_table(index, "samples", "key") and _is_table(index, "report", "reason") else None
+    if not _is_table(index, "samples", "key") or not _is_table(index, "report", "reason"):
+        return None
+    written = sum(row.get("status") == "written" for row in index["report"])
+    return index if written == len(index["samples"]) else None
 
 
 def _is_table(index: dict[str, Any], name: str, column: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,11 @@ def _begun_with(destination: Path) -> Any:
         return None
 
 
-def begin(destination: Path, plan: dict[str, Any], *, anew: bool) -> str:
+def begin(destination: Path, plan: dict[str, Any], *, anew: bool, changed: Callable[[], bool]) -> str:
     """Note the plan in a folder, unless it is there already; returns a sentence where shards of another plan were removed.
 
-    That is done where ``anew`` asks for it and the folder was prepared so itself, and where not one sample stands in it.
+    That is done where ``anew`` asks for it and the folder was prepared so itself, then too where sources of its shards have
+    ``changed``; and where not one sample stands in it.
 
     Raises:
         UserError: the folder holds something else.
@@ -134,6 +135,8 @@ def begin(destination: Path, plan: dict[str, Any], *, anew: bool) -> str:
             told = f"{destination} was begun with other sources or options, and holds no sample; it is prepared anew"
         elif anew and _is_replaceable(destination):
             _remove_shards(destination)
+    elif anew and _is_replaceable(destination) and changed():
+        _remove_shards(destination)
     check_plan(destination, plan)
     return told
 
