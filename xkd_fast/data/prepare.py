@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from xkd_fast.amounts import count_of
 from xkd_fast.data.convert import Converted, ConvertTask, Skipped
 from xkd_fast.data.prepare_options import PrepareOptions
 from xkd_fast.data.prepare_plan import (
@@ -117,7 +118,7 @@ def prepare(
         with sole_use(destination):
             options, reason = choose_codec(options, destination)
             plan = plan_of(sources, options) | ({REPLACEABLE: True} if replace else {})
-            changed = partial(_have_changed, destination, shards_of(sources, options))
+            changed = partial(_have_changed, destination, sources, options)
             for sentence in (begin(destination, plan, anew=replace, changed=changed), reason):
                 if sentence:
                     console.print(escape(sentence), soft_wrap=True, highlight=False)
@@ -189,12 +190,12 @@ def _work(destination: Path, shards: list[list[Source]], retry: bool) -> tuple[l
             work.append(_Work(number, sources, range(len(sources))))
             continue
         _require_unchanged(destination, sources, index["report"])
-        changed = [place for place, row in enumerate(index["report"]) if _has_changed(sources[place], row)]
+        changed = {place for place, row in enumerate(index["report"]) if _has_changed(sources[place], row)}
         again = [place for place, row in enumerate(index["report"]) if row["reason"] in RETRIED or place in changed]
         if retry and again:
             work.append(_Work(number, sources, again, StandingShard(_tar(destination, number))))
         elif not retry:
-            left += [sources[place] for place in changed]
+            left += [sources[place] for place in sorted(changed)]
     return work, left
 
 
@@ -216,10 +217,11 @@ def _changed(sources: list[Source], rows: list[dict[str, Any]]) -> Iterator[tupl
             yield source, row
 
 
-def _have_changed(destination: Path, shards: list[list[Source]]) -> bool:
+def _have_changed(destination: Path, sources: SourceSet, options: PrepareOptions) -> bool:
     """Whether a sample stands whose source has changed since."""
-    indexes = ((sources, _standing(destination, number, sources)) for number, sources in enumerate(shards))
-    return any(True for sources, index in indexes if index is not None for _ in _changed(sources, index["report"]))
+    shards = enumerate(shards_of(sources, options))
+    indexes = ((own, _standing(destination, number, own)) for number, own in shards)
+    return any(any(_changed(own, index["report"])) for own, index in indexes if index is not None)
 
 
 def _require_unchanged(destination: Path, sources: list[Source], rows: list[dict[str, Any]]) -> None:
@@ -244,8 +246,8 @@ def _prepare(
     shards = shards_of(sources, options)
     (work, left), total = _work(destination, shards, retry), sum(map(len, shards))
     if left:
-        told = f"{len(left)} {'source' if len(left) == 1 else 'sources'} skipped before, such as {left[0].name!r}, "
-        console.print(escape(f"{told}changed since: --retry tries again"), soft_wrap=True, highlight=False)
+        told = f"{count_of(len(left), 'source')} skipped before, such as {left[0].name!r}, changed since: --retry tries again"
+        console.print(escape(told), soft_wrap=True, highlight=False)
     now = sum(len(each.places) for each in work)
     done = total - now
     report = PrepareReport(0, shards=len(shards), converted_now=now)

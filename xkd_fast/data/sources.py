@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xkd_fast.amounts import count_of
 from xkd_fast.errors import UserError
 
 VIDEO_SUFFIXES = frozenset(
@@ -103,8 +104,8 @@ def find_sources(root: Path, suffixes: Collection[str] = VIDEO_SUFFIXES) -> Sour
     warnings = []
     if left_out:
         most = ", ".join(f"{count} {suffix or 'without one'}" for suffix, count in left_out.most_common(8))
-        files = f"{left_out.total()} {'file' if left_out.total() == 1 else 'files'}"
-        warnings.append(f"by their endings, {files} of {root} are left out ({most}); a --list may name any")
+        files = count_of(left_out.total(), "file")
+        warnings.append(f"left out by their endings: {files} of {root} ({most}); a --list may name any")
     return SourceSet(sources, sorted_classes(sources), warnings=warnings)
 
 

@@ -88,8 +88,8 @@ class CannotStore(Exception):
 class Spool:
     """A file to write and to go back in: in memory up to ``IN_MEMORY`` bytes, then at ``path``; without a path in memory alone.
 
-    The folder of ``path`` must exist, and no file at it. All methods raise `CannotStore` where it cannot be written, and `take`
-    does where any call before it did, whoever made that call and whatever became of its exception.
+    The folder of ``path`` must exist, and no file at it. Writing raises `CannotStore` where the file cannot be written, and so
+    does `take` after it, since an encoder in between may have dropped that exception.
     """
 
     def __init__(self, path: str | None = None) -> None:
