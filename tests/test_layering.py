@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # From left to right. A module imports from its own layer and from layers to its left, nothing else of ours.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("xkd_kernels",),
-    ("xkd_fast.errors", "xkd_fast.files", "xkd_fast.yaml_text", "xkd_fast.model.options"),
+    ("xkd_fast.errors", "xkd_fast.files", "xkd_fast.yaml_text", "xkd_fast.amounts", "xkd_fast.model.options"),
     ("xkd_fast.data",),
     ("xkd_fast.objective",),
     ("xkd_fast.model", "xkd_fast.reference", "xkd_fast.weights"),
@@ -23,11 +23,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("xkd_fast.engine",),
     ("xkd_fast.evaluate",),
     ("xkd_fast.analysis",),
-    ("xkd_fast.train", "xkd_fast.demo", "xkd_fast.doctor", "xkd_fast.interruption", "xkd_fast.amounts", "xkd_fast.cli"),
+    ("xkd_fast.train", "xkd_fast.demo", "xkd_fast.doctor", "xkd_fast.interruption", "xkd_fast.cli"),
 )
 
 # Read by everyone, so they may not lean on their neighbours: the contract between data and model.
-LEAVES = ("xkd_fast.errors", "xkd_fast.files", "xkd_fast.yaml_text", "xkd_fast.model.options", "xkd_fast.data.views")
+LEAVES = (*LAYERS[1], "xkd_fast.data.views")
 
 # Objectives and models run wherever torch runs.
 TORCH_ALONE = ("xkd_fast.objective", "xkd_fast.model", "xkd_fast.reference", "xkd_fast.weights", "xkd_kernels")
