@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.adopt import switches
 from benchmarks.race import Row, untimed
 from benchmarks.readme_data import choice_paragraph, data_paragraph, feeding_paragraph, prepare_paragraph
 from xkd_fast.analysis.flops import PARTS, savings, step_flops, total
@@ -84,8 +86,8 @@ def step_paragraph() -> str:
         "medians over rounds, with their range; kept: bytes for the backward pass, over the reference's",
         "(`benchmarks/results/step_*.json`).",
         "",
-        "| model | precision | clips | on | fast, clips/s | against the reference | against the strong one | kept |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | precision | clips | on | switches | fast, clips/s | against the reference | against the strong one | kept |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         for row in result["rows"]:
@@ -95,8 +97,17 @@ def step_paragraph() -> str:
             both = {"fast", "reference"} <= costs.keys()
             kept = f"{costs['fast']['saved_bytes'] / costs['reference']['saved_bytes']:.2f} ×" if both else "–"
             place = result["device"].split(",")[0]
-            cells = [result["model"], result["precision"], row["clips"], place, f"{speed:.3g}" if speed else "–", *told, kept]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+            case = [result["model"], result["precision"], row["clips"], place]
+            rows = [[*case, "off", f"{speed:.3g}" if speed else "–", *told, kept]]
+            if taken := taken_by_auto(result, row):
+                rows.append([*case, ", ".join(taken), *speeds_with(row, taken), "–"])
+            lines += [f"| {' | '.join(map(str, cells))} |" for cells in rows]
+    if any(taken_by_auto(result, row) for result in results for row in result["rows"]):
+        lines += [
+            "",
+            "With switches on, which is what `auto` takes there, a step was timed in turns with that of all switches off: its",
+            "ratios are quotients of median speeds, without a range. What it keeps for the backward pass was not counted.",
+        ]
     slow = [
         f"{result['model']} in {result['precision']} on {result['device'].split(',')[0]}"
         for result in results
@@ -108,6 +119,20 @@ def step_paragraph() -> str:
         lines += ["its fused attention is made for GPUs."]
     machines = sorted({f"{result['device']}, torch {result['torch']}" for result in results})
     return "\n".join([*lines, "", f"On {'; '.join(machines)}."])
+
+
+def taken_by_auto(result: dict[str, Any], row: Row) -> list[str]:
+    """The fast model's switches that ``auto`` turns on for a row measured on a GPU; none elsewhere."""
+    if not result.get("gpu"):
+        return []
+    return switches([{**result, "rows": [row]}])[result["gpu"]][result["precision"]][str(row["clips"])]
+
+
+def speeds_with(row: Row, taken: Sequence[str]) -> list[str]:
+    """Clips/s with these switches on, and how many times those of the reference and of the strong one they are."""
+    speeds = row["clips_per_second"]
+    own = speeds[" + ".join(("fast", *taken))]
+    return [f"{own:.3g}", *(f"{own / speeds[name]:.2f} ×" if name in speeds else "–" for name in ("reference", "strong"))]
 
 
 def against(row: Row, name: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme, record
+from xkd_fast.model.switches import measured_steps
 
 
 def test_results_are_generated_from_the_committed_json() -> None:
@@ -32,11 +33,23 @@ def test_contestants_without_a_figure_have_a_reason_instead(tmp_path: Path, monk
     (tmp_path / "step_cuda_xkd_bfloat16.json").write_text(json.dumps(told))
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     lines = readme.step_paragraph().splitlines()
-    assert "| xkd base | bfloat16 | 128 | a GPU | – | out of memory | not reached | – |" in lines
-    assert (
-        "| xkd base | bfloat16 | 128 | a GPU | 900 | 2.00 × (1.50-2.50), memory was short | 2.00 × (1.50-2.50) | 0.50 × |"
-        in lines
-    )
+    assert "| xkd base | bfloat16 | 128 | a GPU | off | – | out of memory | not reached | – |" in lines
+    ratios = "2.00 × (1.50-2.50), memory was short | 2.00 × (1.50-2.50)"
+    assert f"| xkd base | bfloat16 | 128 | a GPU | off | 900 | {ratios} | 0.50 × |" in lines
+
+
+def test_the_step_is_told_with_the_switches_that_auto_takes() -> None:
+    """Red if the README hides a GPU's fastest step, tells of another set than runs take there, or of one on a CPU."""
+    rows = [line for line in readme.step_paragraph().splitlines() if line.startswith("| xkd base | bfloat16 |")]
+    for device, precisions in measured_steps().items():
+        result = json.loads((record.RESULTS / f"step_{device.lower().replace(' ', '_')}_xkd_bfloat16.json").read_text())
+        for row in result["rows"]:
+            taken = precisions["bfloat16"][str(row["clips"])]
+            speed = max(speed for name, speed in row["clips_per_second"].items() if name not in ("reference", "strong"))
+            others = [f"{speed / row['clips_per_second'][name]:.2f} ×" for name in ("reference", "strong")]
+            cells = ["", "xkd base", "bfloat16", str(row["clips"]), device, ", ".join(taken), f"{speed:.3g}", *others, "–", ""]
+            assert " | ".join(cells).strip() in rows
+    assert not [line for line in rows if " | off | " not in line and "NVIDIA" not in line]
 
 
 def test_environment_variables_are_explained() -> None:
