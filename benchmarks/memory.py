@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,6 +25,16 @@ def free_unused(device: torch.device) -> None:
 def retries(device: torch.device) -> int:
     """How often the allocator has found no memory before it gave back what it kept in reserve."""
     return torch.cuda.memory_stats().get("num_alloc_retries", 0) if device.type == "cuda" else 0
+
+
+def most_allocated(work: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that tensors hold at most while ``work`` goes on, beyond those before it; None on a CPU, where nobody counts."""
+    if device.type == "cpu":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 class PeakMemory:

@@ -92,7 +92,8 @@ def step_paragraph() -> str:
     for result in results:
         for row in result["rows"]:
             told = [against(row, name) for name in ("reference", "strong")]
-            told[1] += "" if result.get("strong_is_compiled", True) else ", not compiled"
+            plain = "strong" in row["fast_against"] and not result.get("strong_is_compiled", True)
+            told[1] += ", not compiled" if plain else ""
             costs, speed = row["costs"], row["clips_per_second"].get("fast")
             both = {"fast", "reference"} <= costs.keys()
             kept = f"{costs['fast']['saved_bytes'] / costs['reference']['saved_bytes']:.2f} ×" if both else "–"

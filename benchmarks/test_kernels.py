@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import record, timing, tuning
 from benchmarks.kernel_cases import CASES, FURTHER, SMALL, Case, Result, runs_of
+from benchmarks.memory import most_allocated
 from benchmarks.race import too_late
 from benchmarks.roofline import floors
 from xkd_fast.analysis.provenance import provenance
@@ -92,6 +93,11 @@ class Passes:
     def backward(self) -> tuple[Tensor, ...]:
         """Gradients of its inputs."""
         return torch.autograd.grad(self.outputs, self.leaves, self.gradients, retain_graph=True)
+
+    def both(self) -> object:
+        """One pass after the other, nothing of it kept."""
+        outputs = self.forward()
+        return torch.autograd.grad(outputs, self.leaves, self.gradients) if self.leaves else None
 
     @property
     def works(self) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
@@ -206,7 +212,7 @@ def test_kernel(measuring: bool, case: Case) -> None:
 
 
 def measured(case: Case, clips: int, contestants: dict[str, Passes], rounds: int) -> dict[str, Any]:
-    """A case's times by pass and contestant, beside the least that the GPU could take."""
+    """A case's times by pass and contestant, the memory of both passes, and the least time that the GPU could take."""
     row: dict[str, Any] = {
         "case": case.name,
         "operator": case.operator,
@@ -218,6 +224,8 @@ def measured(case: Case, clips: int, contestants: dict[str, Passes], rounds: int
     for way in contestants["fused"].works:
         times = timing.seconds({name: passes.works[way] for name, passes in contestants.items()}, DEVICE, rounds)
         row["seconds"][way] = {name: record.spread(found) for name, found in times.items()}
+    held = {name: most_allocated(passes.both, DEVICE) for name, passes in contestants.items()}
+    row["most_allocated"] = {name: size for name, size in held.items() if size is not None}
     gpu = SHEETS.get(GPU)
     row["floor"] = {floor.way: floor.seconds[gpu] for floor in floors(case, clips) if floor.code == "fused"} if gpu else {}
     return row
@@ -230,5 +238,7 @@ def told(row: dict[str, Any]) -> str:
         times = ", ".join(f"{name} {1e6 * spread['median']:.0f}" for name, spread in seconds.items())
         share = f"; {row['floor'][way] / seconds['fused']['median']:.0%} of the roofline" if row["floor"] else ""
         lines.append(f"{row['case']}, {way}: {times} µs{share}")
+    sizes = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in row["most_allocated"].items())
+    lines += [f"  memory of both passes, MiB: {sizes}"] if sizes else []
     lines += [f"  {name} does not run: {reason}" for name, reason in row["failed"].items()]
     return "\n".join(lines)

@@ -17,11 +17,12 @@ from xkd_kernels.configurations import Launch
 DEFAULT, FASTER, SLOWER = ({"meta": {"ROWS": rows}, "warps": 4, "stages": 2} for rows in (8, 16, 32))
 
 
-def row(shape: str, **seconds: tuple[float, ...]) -> dict[str, Any]:
-    """A measured case: seconds of the passes, by contestant."""
+def row(shape: str, memory: dict[str, int] | None = None, **seconds: tuple[float, ...]) -> dict[str, Any]:
+    """A measured case: seconds of the passes, and the memory of both, by contestant."""
     ways = ("forward", "backward")[: len(next(iter(seconds.values())))]
     passes = {way: {name: {"median": times[i]} for name, times in seconds.items()} for i, way in enumerate(ways)}
-    return {"operator": "bias_gelu", "dtype": "bfloat16", "shape": shape, "seconds": passes, "launches": []}
+    case = {"operator": "bias_gelu", "dtype": "bfloat16", "shape": shape, "launches": []}
+    return {**case, "seconds": passes, "most_allocated": memory or {}}
 
 
 def test_the_committed_tables_are_those_of_the_committed_results() -> None:
@@ -49,6 +50,21 @@ def test_triton_wins_where_both_passes_together_are_the_fastest(tmp_path: Path) 
         "kernels_one": {"bias_gelu": {"bfloat16": chosen}},
         "kernels_other": {"bias_gelu": {"bfloat16": {"768": "torch"}}},
     }
+
+
+@pytest.mark.parametrize(
+    ("fused", "memory", "winner"),
+    [
+        (1.01, {"fused": 5, "compiled": 9, "torch": 1}, "triton"),
+        (1.03, {"fused": 5, "compiled": 9, "torch": 9}, "compiled"),
+        (1.01, {"fused": 9, "compiled": 9, "torch": 99}, "compiled"),
+        (1.01, {}, "compiled"),
+    ],
+)
+def test_triton_wins_by_memory_at_equal_time(fused: float, memory: dict[str, int], winner: str) -> None:
+    """Red if memory decides where time differs, is compared with another than the fastest, or does not count at all."""
+    rows = [row("768", memory, fused=(fused,), compiled=(1.0,), torch=(2.0,))]
+    assert adopt.winners([{"gpu": "H", "rows": rows}]) == {"H": {"bias_gelu": {"bfloat16": {"768": winner}}}}
 
 
 @pytest.mark.parametrize(("seconds", "adopted"), [((1.0, 0.5, 2.0), True), ((1.0, 0.99, 2.0), False)])
