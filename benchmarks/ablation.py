@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contestants import Fast, fast_with
+from benchmarks.contestants import Fast, clip_in_a_loop, fast_with
 from xkd_fast import reference
 from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.engine.updates import Torch
 from xkd_fast.model import autoencoder, vit, xkd
 from xkd_fast.model.options import ModelOptions
 from xkd_fast.model.packing import Group, added, heads_of, pack, unpack
+from xkd_fast.model.switches import SWITCHES
 from xkd_fast.model.tokens import embed
 from xkd_fast.objective.losses import Distilled, Losses
 from xkd_fast.reference import MODALITIES, Decoder, Network
@@ -195,6 +196,31 @@ def plain_head(head: reference.Head, pooled: Tensor, kernels: str) -> Tensor:
     return head(pooled)  # type: ignore[no-any-return]
 
 
+class PlainUpdate(Altered):
+    """Norms, AdamW, teachers and their copies by PyTorch's operators alone, as the strong yardstick has them."""
+
+    name = "the optimiser's operator"
+    update = Torch
+
+    def __init__(self, options: ModelOptions, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(options, device, dtype)
+        self.local.optimizer.backend = self.local.teachers.backend = "torch"
+
+
+class WaitsToClip(Altered):
+    """Gradients are clipped one by one, each of which waits for the device."""
+
+    name = "clipping that waits for nothing"
+
+    def __init__(self, options: ModelOptions, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(options, device, dtype)
+        self.local.optimizer.clip_norm = None
+
+    def clip(self) -> None:
+        """The released loop."""
+        clip_in_a_loop(self.model)
+
+
 HEAD: Functions = ((xkd, "project", plain_head),)
 REFINEMENT: Functions = ((xkd, "refine", plain_refine),)
 PLAIN: Functions = (*HEAD, *REFINEMENT)
@@ -216,7 +242,8 @@ WITHOUT: dict[str, type[Altered]] = {
         altered("refinement in closed form", functions=REFINEMENT),
         altered("heads normalised in one pass", functions=HEAD),
         altered("heads, refinement and losses, all of these", model_class=PlainObjectives, functions=PLAIN),
-        altered("the optimiser's operator", update=Torch),
+        PlainUpdate,
+        WaitsToClip,
     )
 }
 
@@ -239,4 +266,7 @@ def added_techniques(device: torch.device, precision: str) -> dict[str, type[Fas
             both = {"kernels": "triton", "attention": "triton", "teacher_precision": "fp8"}
             found.append(altered(f"all our kernels, {FP8}", changes=both))
         found += [fast_with("teacher_stream"), fast_with("cuda_graph"), fast_with("teacher_stream", "cuda_graph")]
+        found.append(fast_with(*SWITCHES))
+        everything = {"kernels": "triton", "attention": "triton", **dict.fromkeys(SWITCHES, True)}
+        found.append(altered(" + ".join(("all our kernels", *SWITCHES)), changes=everything))
     return {kind.name: kind for kind in found}

@@ -56,6 +56,14 @@ def with_initial_weights(options: ModelOptions, device: torch.device) -> referen
     return model
 
 
+def clip_in_a_loop(model: reference.XKD) -> None:
+    """Clip gradients one by one, as released: every norm waits for the device."""
+    for parameter in reference.clipped_parameters(model):
+        norm = parameter.grad.norm()  # type: ignore[union-attr]
+        if (factor := MAX_NORM / (norm.item() + reference.CLIP_EPS)) < 1:
+            parameter.grad.mul_(factor)  # type: ignore[union-attr]
+
+
 class Contestant(ABC):
     """A model with its whole step."""
 
@@ -98,10 +106,7 @@ class Released(Contestant):
             losses = self.model(views, masks)
         self.scaler.scale(losses.total).backward()
         self.scaler.unscale_(self.optimizer)
-        for parameter in reference.clipped_parameters(self.model):
-            norm = parameter.grad.norm()  # type: ignore[union-attr]
-            if (factor := MAX_NORM / (norm.item() + reference.CLIP_EPS)) < 1:  # waits for the device, as released
-                parameter.grad.mul_(factor)  # type: ignore[union-attr]
+        clip_in_a_loop(self.model)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         reference.update_teachers(self.model, MOMENTUM, MOMENTUM)
@@ -140,11 +145,15 @@ class FewLaunches(Contestant):
         update = self.update(BETAS, 1e-8)
         self.local = LocalUpdate(self.model, update, lr=LR, weight_decay=WEIGHT_DECAY, clip_norm=MAX_NORM)
 
+    def clip(self) -> None:
+        """Whatever clips gradients before the update, which does it by itself."""
+
     def step(self, views: Views, masks: MaskNoise) -> Tensor:
         """One whole step."""
         with autocast(self.device, self.dtype):
             losses = self.model(views, masks)
         losses.total.backward()
+        self.clip()
         self.local.step(MOMENTUM, MOMENTUM)
         self.local.follow(losses.outputs.teacher_means)
         self.terms = losses.terms()

@@ -60,7 +60,7 @@ def rivals(device: torch.device, *, compiled: bool, all_choices: bool) -> dict[s
         sets = [("cuda_graph",)]
         if all_choices:
             sets += [("teacher_stream",), ("teacher_stream", "cuda_graph")]
-            sets += [("compile", *others) for others in ((), ("cuda_graph",), ("teacher_stream", "cuda_graph")) if compiled]
+            sets += [("compile", *others) for others in ((), *sets[::-1]) if compiled]
         kinds |= {kind.name: kind for kind in (fast_with(*switches) for switches in sets)}
     return kinds
 

@@ -226,35 +226,48 @@ def seeds_table(name: str, titles: tuple[str, str]) -> list[str]:
 
 def objectives_paragraph() -> str:
     """About heads, refinement and losses by themselves."""
-    results = [json.loads(path.read_text()) for path in sorted(record.RESULTS.glob("objectives_*.json"))]
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(record.RESULTS.glob("objectives_*.json"))}
     if not results:
         return "Not measured yet."
     names = {"plain": "the reference's code", "torch": "ours, by PyTorch's operators", "kernels": "ours, by our kernels"}
     lines = [
         "Heads, refinement and losses of the base model by themselves, forward and backward, and their share of the fast",
-        "model's whole step with them (`benchmarks/results/objectives_*.json`; ratios are medians over rounds, with ranges):",
+        "model's whole step with them (`benchmarks/results/objectives_*.json`; ratios are medians over rounds, with ranges).",
+        "In brackets, shares of what the whole step launches and keeps: the reference's of the reference's step, ours of ours",
+        "(`step_*.json`).",
         "",
         "| device | precision | clips | code | ms | share of a step | faster | launches | kept, MiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for result in results:
+    for file, result in results.items():
         for row in result["rows"]:
+            costs = costs_of_step(file.replace("objectives", "step"), row)
             for name, seconds in row["seconds"].items():
                 step = row["step_seconds"]["plain" if name == "plain" else "torch"]["median"]
                 ratio, share = row["plain_against"][name], seconds["median"] / step
                 faster = "" if name == "plain" else f"{ratio['median']:.2f} × ({ratio['min']:.2f}-{ratio['max']:.2f})"
-                kept = f"{row['saved_bytes'][name] / 2**20:.0f}"
+                whole = costs.get("reference" if name == "plain" else "fast", {})
+                shares = {kind: f" ({row[kind][name] / count:.0%})" for kind, count in whole.items() if kind in row}
+                launches = f"{row['launches'][name]}{shares.get('launches', '')}"
+                kept = f"{row['saved_bytes'][name] / 2**20:.0f}{shares.get('saved_bytes', '')}"
                 cells = [result["device"], row["precision"], row["clips"], names[name], f"{1e3 * seconds['median']:.0f}"]
-                cells += [f"{share:.1%}", faster, row["launches"][name], kept]
+                cells += [f"{share:.1%}", faster, launches, kept]
                 lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def costs_of_step(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """What XKD's whole step costs by contestant, as counted in the place, type and batch size of ``row``; empty if nowhere."""
+    path = record.RESULTS / f"{name}_xkd_{row['precision']}.json"
+    steps = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return next((step["costs"] for step in steps if step["clips"] == row["clips"]), {})
 
 
 def ablation_paragraph() -> str:
     """About what every technique is worth."""
     results = [json.loads(path.read_text()) for path in sorted(record.RESULTS.glob("ablation_*.json"))]
     if not results:
-        return "Not measured yet."
+        return "What each technique is worth by itself (`bash benchmarks/gpu.sh --ablate`) has not been measured yet."
     lines = [
         "The fast model's step without one technique, over the step with all of them, and what is then kept for the backward",
         "pass (`benchmarks/results/ablation_*.json`). Last, techniques that are off by default: the step with them.",

@@ -1,7 +1,8 @@
 """What every technique of the fast model is worth: its step without one of them, in turns with the whole of it.
 
-Ratios above 1 mean that the technique makes the step faster by so much. Without ``--benchmark`` a smoke test, which checks that
-every contestant computes the fast model's losses.
+Ratios are of a contestant's time to the fast model's: above 1, a technique that is left out had made the step faster by so
+much, and one that is added makes it slower. Without ``--benchmark`` a smoke test, which checks that every contestant computes
+the fast model's losses.
 """
 
 from __future__ import annotations

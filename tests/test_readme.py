@@ -52,6 +52,23 @@ def test_the_step_is_told_with_the_switches_that_auto_takes() -> None:
     assert not [line for line in rows if " | off | " not in line and "NVIDIA" not in line]
 
 
+def test_objectives_are_told_as_shares_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a share is of another contestant's step, of another batch size's, or missing; without a step there is none."""
+    spread = {"median": 1.0, "min": 0.5, "max": 2.0}
+    row = {"precision": "float32", "clips": 4, "seconds": {"plain": spread, "torch": spread}}
+    row |= {"plain_against": {"plain": spread, "torch": spread}, "step_seconds": {"plain": spread, "torch": spread}}
+    row |= {"launches": {"plain": 30, "torch": 20}, "saved_bytes": {"plain": 2**24, "torch": 2**23}}
+    (tmp_path / "objectives_h.json").write_text(json.dumps({"device": "H", "rows": [row]}))
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    assert "| 30 | 16 |" in readme.objectives_paragraph()
+    fast, plain = {"launches": 80, "saved_bytes": 2**24}, {"launches": 300, "saved_bytes": 2**26}
+    steps = [{"clips": clips, "costs": {"fast": fast, "reference": plain}} for clips in (2, 4)]
+    steps[0]["costs"] = {name: {kind: 1 for kind in fast} for name in steps[0]["costs"]}
+    (tmp_path / "step_h_xkd_float32.json").write_text(json.dumps({"rows": steps}))
+    told = readme.objectives_paragraph()
+    assert "| 30 (10%) | 16 (25%) |" in told and "| 20 (25%) | 8 (50%) |" in told
+
+
 def test_environment_variables_are_explained() -> None:
     """Red if a test is skipped, or a benchmark runs otherwise, for a variable that no text names."""
     root = readme.README.parent

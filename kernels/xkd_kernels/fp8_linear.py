@@ -3,7 +3,8 @@
     y[m, n] = scale[m] · weight_scale[n] · Σ_k q[m, k] · weight_q[n, k] + bias[n]
 
 By PyTorch's scaled product on GPUs that have one. Elsewhere it is emulated: the same numbers up to the order of summation,
-slower than a product of half types. Legend: M rows, K inputs, N outputs.
+slower than a product of half types; of a GPU without, the logger ``xkd_kernels`` tells once. Legend: M rows, K inputs, N
+outputs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from xkd_kernels.backends import LOG
 from xkd_kernels.checks import require_float_type, require_floats, require_no_gradient, require_one_device
 from xkd_kernels.quantise import E4M3
 
@@ -102,6 +104,14 @@ missing_scaled_product._dynamo_marked_constant = True  # type: ignore[attr-defin
 def _tried(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"a {device.type.upper()} has none"
+    if reason := _refused(device):
+        LOG.warning(f"fp8_linear has no scaled product on {torch.cuda.get_device_name(device)} and is emulated there: {reason}")
+        return reason
+    return None
+
+
+def _refused(device: torch.device) -> str | None:
+    """Why a GPU computes no scaled product by rows; None if it does."""
     capability = torch.cuda.get_device_capability(device)
     if capability < CAPABILITY:
         here, first = (".".join(map(str, version)) for version in (capability, CAPABILITY))

@@ -1,4 +1,4 @@
-"""Squared maximum mean discrepancy of two sets of rows, by exact distances and without a matrix of all pairs.
+"""Squared maximum mean discrepancy of two sets of rows, by exact distances of which none is kept for the backward pass.
 
     k(a, b) = Σ_γ exp(−γ · max(‖a − b‖², 1e-30))
     loss = mean k(x, x) + mean k(y, y) − 2 · mean k(x, y) = Σ_ij s_i s_j k(z_i, z_j)       biased: the diagonals take part
@@ -12,8 +12,10 @@ So distances are sums of squared differences, and gradients sums of weighted one
 A row's distance to itself is then exactly 0, and its kernel exactly the number of γ. The loss is a small difference of means
 near that number: exponentials and their sums are in float64, little work beside the distances, whose rounding alone is left.
 
-The backward pass makes the weights again, for as many rows at a time as fit :data:`STRIP` bytes: memory grows with the number
-of rows, not with its square. Legend: n rows of x, m rows of y, N = n + m, K numbers of a row.
+The kernels' backward pass makes the weights again, for as many rows at a time as fit :data:`STRIP` bytes: their memory grows
+with the number of rows, not with its square. PyTorch's operators hold some float64 numbers of every pair while a pass lasts.
+
+Legend: n rows of x, m rows of y, N = n + m, K numbers of a row.
 """
 
 from __future__ import annotations

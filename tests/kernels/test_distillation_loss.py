@@ -150,6 +150,61 @@ def test_strides_and_autocast(backend, device):
     assert_found(found, student.grad, expected, gradient, 3e-6)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_second_derivative_is_refused(backend, device):
+    """Catches one that is silently 0: both softmaxes are taken for constants in the backward pass."""
+    student, *others = batch(3, 40, device)
+    student.requires_grad_()
+    found = distillation_loss(student, *others, STUDENT_TEMPERATURE, backend=backend)
+    (gradient,) = torch.autograd.grad(found.loss, student, create_graph=True)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_no_number_shows(place, backend, device):
+    """Catches a maximum that takes NaN for small, as a GPU's does, and a sum that passes over it."""
+    tensors = batch(2, 600, device)
+    tensors[place][1, 5] = torch.nan
+    student, *others = tensors
+    student.requires_grad_()
+    found = distillation_loss(student, *others, STUDENT_TEMPERATURE, backend=backend)
+    found.loss.backward()
+    assert found.loss.isnan() and student.grad[1].isnan().any()
+    assert (found.teacher_entropy if place else found.student_entropy).isnan()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_teachers_and_centres(dtype, backend, device):
+    """Catches logits, a centre or their sum over the batch in a half type."""
+    student, teacher, centre, temperature = batch(7, 600, device)
+    student, teacher, centre = student.requires_grad_(), teacher.to(dtype), centre.to(dtype)
+    found = distillation_loss(student, teacher, centre, temperature, STUDENT_TEMPERATURE, backend=backend)
+    (3 * found.loss).backward()
+    expected, gradient = exact(student, teacher, centre, temperature)
+    assert found.teacher_sum.dtype == torch.float32
+    assert_found(found, student.grad, expected, gradient, 3e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_cold_teacher_whom_the_student_follows(backend, device):
+    """Catches a loss that drowns in the logits it is a difference of: both say the same, at temperatures of 0.04 and 0.1."""
+    student, teacher, centre, _ = batch(2, 4096, device, student_views=1)
+    teacher, shared = 40 * teacher, [0, 4000]
+    # what the others leave them, two prototypes share
+    centre[:, shared], teacher[:, shared] = 0, torch.tensor([200.0, 200.02], device=device)
+    student = (2.5 * teacher + 0.01 * student).requires_grad_()
+    temperature = torch.full((), 0.04, dtype=torch.float64, device=device)
+    found = distillation_loss(student, teacher, centre, temperature, STUDENT_TEMPERATURE, backend=backend)
+    (3 * found.loss).backward()
+    expected, gradient = exact(student, teacher, centre, temperature)
+    highest = (student.abs().max() / STUDENT_TEMPERATURE).item()  # whose last place is what any of them may be off by
+    assert 0.5 < expected.loss.item() < 0.8 and abs(found.loss.item() - expected.loss.item()) < 2e-7 * highest
+    assert relative_error(student.grad, gradient) < 4e-6 * highest
+
+
 def test_opcheck_and_compile(device):
     """Catches a fake implementation of other shapes, aliased outputs and graph breaks."""
     student, teacher, centre, temperature = batch(3, 70, device, teacher_views=1)

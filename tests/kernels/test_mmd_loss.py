@@ -204,11 +204,12 @@ def test_autocast_and_further_derivatives(backend, device):
         gradient.square().sum().backward()
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("near", 2e-5), ("typical", 2e-3)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("near", 3e-6), ("typical", 5e-5)])
 def test_many_rows_of_many_numbers(kind, tolerance, device):
     """Catches sums over pairs that lose what is small, at the sizes of a step: 512 rows of 8192 numbers.
 
-    Of rows that are all equally far apart the pulls nearly cancel, and the rounding of distances shows.
+    No row pulls itself: a weight of 1111 there, times a difference of 0 that is made as one of products, would drown what is
+    exact.
     """
     torch.manual_seed(5)
     x, y = (F.layer_norm(torch.randn(256, 8192, device=device), (8192,)) for _ in range(2))
@@ -220,6 +221,7 @@ def test_many_rows_of_many_numbers(kind, tolerance, device):
     pairs = share[:, None] * share
     loss = sum((pairs * torch.exp(-gamma * distance)).sum() for gamma in GAMMAS)
     weights = -4 * pairs * sum(gamma * torch.exp(-gamma * distance) for gamma in GAMMAS)
+    weights.fill_diagonal_(0)
     exact = weights.sum(dim=1, keepdim=True) * rows - weights @ rows
     x, y = x.requires_grad_(), y.requires_grad_()
     found = mmd_loss(x, y, GAMMAS, backend="triton" if device.type == "cuda" else "torch")

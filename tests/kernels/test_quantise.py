@@ -189,13 +189,15 @@ def test_scaled_product_is_called_as_it_wants_to_be(monkeypatch, device):
         X.fp8_linear(q, scale, weight, weight_scale, None, torch.float32)
 
 
-def test_gpus_without_a_scaled_product_are_told(monkeypatch):
-    """Catches a GPU that is too old, or a torch that fails at it there, found out in the middle of training."""
+def test_gpus_without_a_scaled_product_are_told(monkeypatch, caplog):
+    """Catches a GPU that is too old, or a torch that fails at it there, found out in the middle of training or never."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "G")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     told = LINEAR._tried.__wrapped__(torch.device("cuda"))
     assert told == "G has compute capability 8.6; 8.9 is the first with E4M3"
-    assert X.missing_scaled_product(torch.device("cpu")) == "a CPU has none"
+    (line,) = caplog.messages
+    assert line.startswith("fp8_linear has no scaled product on G and is emulated there: G has compute capability 8.6")
+    assert X.missing_scaled_product(torch.device("cpu")) == "a CPU has none" and len(caplog.messages) == 1
 
 
 def test_opcheck_and_compile(device):

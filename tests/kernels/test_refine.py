@@ -48,8 +48,9 @@ def test_agrees_with_the_definition(shape, mode, backend, device):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_tokens(dtype, mode, backend, device):
-    """Catches sums or weights in the tokens' type: the results are float32 and as exact."""
-    tensors = inputs((2, 3, 63, 20, 48), dtype, device)
+    """Catches sums or weights in the type of tokens or looks: the results are float32 and as exact."""
+    tokens, *both = inputs((2, 3, 63, 20, 48), dtype, device)
+    tensors = [tokens, *(x.to(dtype) for x in both)]
     found = by(backend, mode)(*tensors)
     assert all(x.dtype == torch.float32 for x in found)
     assert_agrees(by(backend, mode), lambda *x: naive_refine(*x, mode), tensors, 2e-6, gradients=False)

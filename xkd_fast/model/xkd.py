@@ -209,5 +209,5 @@ class XKD(reference.XKD):
         return distil(teacher, student, centre, temperature, student_temperature, self.options.kernels)
 
     def align(self, video: Tensor, audio: Tensor) -> Tensor:
-        """The reference's, without a matrix of all pairs."""
+        """The reference's, by exact distances."""
         return align(video, audio, self.options.objective.mmd_gammas, self.options.kernels)
