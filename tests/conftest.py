@@ -15,6 +15,14 @@ import torch.distributed as dist
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Minutes each: begun first, the rest in the order of collection (Makefile), so that no processor waits for the last of them.
+LONG = ("test_training.py", "test_gpu_script.py", "test_engine.py", "test_native.py", "test_resources.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture
 def single_rank() -> Iterator[None]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xkd_fast import cli
+from xkd_fast.analysis import profile as profiling
 from xkd_fast.analysis.profile import Profile, profile, tokens_of_parts
 from xkd_fast.config import Config, load_config
 from xkd_fast.errors import UserError
@@ -125,3 +128,22 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
     with pytest.raises(UserError, match=r"model\.compile = true needs a C\+\+ compiler.*set model\.compile=false"):
         profile(small(model__compile="true"), clips=2, steps=1, say=lambda text: None)
+
+
+def test_the_peak_is_of_the_type_that_products_are_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if numbers are multiplied in a type that the model avoids here, which costs a run half a minute at its start."""
+    device, met = torch.device("cpu"), []
+    monkeypatch.setattr(profiling, "multiplied_in", lambda dtype, where: met.append((dtype, where)) or torch.float64)
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.mm.default:
+                met.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        assert profiling.measured_peak(device, torch.bfloat16, 64) > 0
+        assert met == [(torch.bfloat16, device), *[torch.float64] * 6]
+        monkeypatch.setattr(profiling, "PEAK_SECONDS", 0)
+        profiling.measured_peak(device, torch.bfloat16, 64)
+    assert met[7:] == [(torch.bfloat16, device), torch.float64]
