@@ -81,7 +81,7 @@ def test_the_audit_says_of_sound_what_prepare_says(folder: Path, rows: list[dict
     assert {name: said[name].sound for name in judged} == {name: HEARD[verdicts[name]] for name in judged}
     assert Counter(said[name].sound for name in judged).keys() == {"heard", "silent", "none"}
     for name, probe in said.items():
-        assert probe.problem is None or verdicts[name] == "unreadable", name
+        assert probe.problem is None or verdicts[name] in ("unreadable", "timed_out"), name  # how far it gets is the machine's
         assert (probe.problem is None and probe.video is None) == (verdicts[name] == "no_video"), name
 
 

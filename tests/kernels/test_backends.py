@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def test_auto_follows_the_measurements(measured, shape, dtype, backend, reason):
 
 def test_auto_tells_what_it_takes_on_a_gpu(measured, caplog):
     """Catches a choice without a word, the same word again and again, and words where someone chose."""
+    caplog.set_level(logging.WARNING, "xkd_kernels")
     for shape in ("3072", "768", "384", "3072", "192"):
         choose("bias_gelu", GPU, torch.bfloat16, shape)
     choose("bias_gelu", CPU, torch.float32, "3072")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import pytest
@@ -191,6 +192,7 @@ def test_scaled_product_is_called_as_it_wants_to_be(monkeypatch, device):
 
 def test_gpus_without_a_scaled_product_are_told(monkeypatch, caplog):
     """Catches a GPU that is too old, or a torch that fails at it there, found out in the middle of training or never."""
+    caplog.set_level(logging.WARNING, "xkd_kernels")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "G")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     told = LINEAR._tried.__wrapped__(torch.device("cuda"))
