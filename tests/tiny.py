@@ -31,10 +31,10 @@ def random_batch(
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     views = Views(
-        video_global=normal(clips, 3, video.frames, video.size, video.size),
-        audio_global=normal(clips, 1, audio.mel_bins, audio.frames),
-        video_locals=[normal(clips, 3, video.local_frames, *2 * [video.local_size]) for _ in range(video.local_views)],
-        audio_locals=[normal(clips, 1, audio.mel_bins, audio.local_frames) for _ in range(audio.local_views)],
+        video_global=normal(clips, *video.shape),
+        audio_global=normal(clips, *audio.shape),
+        video_locals=[normal(clips, *video.local_shape) for _ in range(video.local_views)],
+        audio_locals=[normal(clips, *audio.local_shape) for _ in range(audio.local_views)],
     )
     noise = [torch.rand(clips, part.tokens, generator=generator, dtype=torch.float64) for part in (video, audio)]
     return views, MaskNoise(*noise)

@@ -204,20 +204,22 @@ def test_autocast_and_further_derivatives(backend, device):
         gradient.square().sum().backward()
 
 
+@pytest.mark.parametrize("count", [256, pytest.param(1024, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("kind", "tolerance"), [("near", 3e-6), ("typical", 5e-5)])
-def test_many_rows_of_many_numbers(kind, tolerance, device):
-    """Catches sums over pairs that lose what is small, at the sizes of a step: 512 rows of 8192 numbers.
+def test_many_rows_of_many_numbers(kind, tolerance, count, device):
+    """Catches sums over pairs that lose what is small, at the sizes of a step: 512 and 2048 rows of 8192 numbers.
 
     No row pulls itself: a weight of 1111 there, times a difference of 0 that is made as one of products, would drown what is
     exact.
     """
     torch.manual_seed(5)
-    x, y = (F.layer_norm(torch.randn(256, 8192, device=device), (8192,)) for _ in range(2))
+    x, y = (F.layer_norm(torch.randn(count, 8192, device=device), (8192,)) for _ in range(2))
     if kind == "near":
         y = x + 1e-4 * torch.randn_like(x)
     rows = torch.cat([x, y]).double()
     distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
-    share = torch.cat([torch.full((256,), 1 / 256, device=device), torch.full((256,), -1 / 256, device=device)]).double()
+    share = torch.full((count,), 1 / count, dtype=torch.float64, device=device)
+    share = torch.cat([share, -share])
     pairs = share[:, None] * share
     loss = sum((pairs * torch.exp(-gamma * distance)).sum() for gamma in GAMMAS)
     weights = -4 * pairs * sum(gamma * torch.exp(-gamma * distance) for gamma in GAMMAS)

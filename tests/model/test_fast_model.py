@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from benchmarks.measure import launches, saved_bytes
 from tests.tiny import random_batch, tiny_options
 from xkd_fast import reference
+from xkd_fast.data.views import Views
 from xkd_fast.engine.ema import Teachers
 from xkd_fast.errors import UserError
 from xkd_fast.model import vit
@@ -192,19 +193,40 @@ def test_an_attention_that_cannot_run_says_why() -> None:
         build_model(tiny_options(attention="xformers"), seed=0)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda v: replace(v, video_global=v.video_global[..., 16:, :]), r"views\.video_global has the shape .*options say"),
-        (lambda v: replace(v, audio_global=v.audio_global[..., 16:]), r"views\.audio_global has the shape .*options say"),
-        (lambda v: replace(v, video_locals=[]), r"views\.video_locals holds 0 views, but the model's options say 2"),
-    ],
-)
-def test_views_of_another_size_are_refused(change, message) -> None:
+WRONG_BATCHES = {
+    "a lower picture": (
+        lambda v, m: replace(v, video_global=v.video_global[..., 16:, :]),
+        r"views\.video_global has the shape",
+    ),
+    "a shorter sound": (lambda v, m: replace(v, audio_global=v.audio_global[..., 16:]), r"views\.audio_global has the shape"),
+    "a sound less": (lambda v, m: replace(v, audio_global=v.audio_global[1:]), r"views\.audio_global has .* \[3, .* \[4, .*"),
+    "a picture without clips": (lambda v, m: replace(v, video_global=v.video_global[0]), r"views\.video_global has the shape"),
+    "no local views": (lambda v, m: replace(v, video_locals=[]), r"views\.video_locals holds 0 views, but .*options say 2"),
+    "a lower local view": (
+        lambda v, m: replace(v, video_locals=[v.video_locals[0], v.video_locals[1][..., 16:, :]]),
+        r"views\.video_locals\[1\] has the shape .* is wanted",
+    ),
+    "a shorter local sound": (
+        lambda v, m: replace(v, audio_locals=[a[..., 16:] for a in v.audio_locals]),
+        r"views\.audio_locals\[0\] has the shape .* is wanted",
+    ),
+    "a local view of fewer clips": (
+        lambda v, m: replace(v, video_locals=[v.video_locals[0][:2], v.video_locals[1]]),
+        r"views\.video_locals\[0\] has the shape \[2, .* \[4, .* is wanted: .* 4 as views\.video_global has clips",
+    ),
+    "masks of too few tokens": (lambda v, m: replace(m, video=m.video[:, 1:]), r"masks\.video has the shape .* is wanted"),
+    "masks of too few clips": (lambda v, m: replace(m, audio=m.audio[:1]), r"masks\.audio has the shape \[1, .* \[4, "),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_BATCHES.values(), ids=WRONG_BATCHES)
+def test_views_and_masks_of_another_size_are_refused(change, message) -> None:
     """Red if a clip that is too small wraps around and gives a loss all the same, or missing views go unnoticed."""
-    views, masks = random_batch(tiny_options(), 2)
+    views, masks = random_batch(tiny_options(), 4)
+    changed = change(views, masks)
+    views, masks = (changed, masks) if isinstance(changed, Views) else (views, changed)
     with pytest.raises(ValueError, match=message):
-        build_model(tiny_options(), seed=0).double()(change(views), masks)
+        build_model(tiny_options(), seed=0).double()(views, masks)
 
 
 def test_every_weight_counts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from xkd_fast import reference
 from xkd_fast.data.views import Views
@@ -22,12 +23,13 @@ def build_model(options: ModelOptions, *, seed: int) -> reference.XKD:
 def random_views(options: ModelOptions, clips: int, device: torch.device) -> Views:
     """Views of the model's sizes filled with noise."""
     video, audio = options.video, options.audio
-    local = (clips, video.channels, video.local_frames, video.local_size, video.local_size)
+
+    def noise(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(clips, *shape, device=device)
+
     return Views(
-        video_global=torch.randn(clips, video.channels, video.frames, video.size, video.size, device=device),
-        audio_global=torch.randn(clips, 1, audio.mel_bins, audio.frames, device=device),
-        video_locals=[torch.randn(local, device=device) for _ in range(video.local_views)],
-        audio_locals=[
-            torch.randn(clips, 1, audio.mel_bins, audio.local_frames, device=device) for _ in range(audio.local_views)
-        ],
+        video_global=noise(video.shape),
+        audio_global=noise(audio.shape),
+        video_locals=[noise(video.local_shape) for _ in range(video.local_views)],
+        audio_locals=[noise(audio.local_shape) for _ in range(audio.local_views)],
     )

@@ -100,6 +100,16 @@ class VideoOptions:
         return self.patch_frames, self.patch_size, self.patch_size
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """One global view: (channels, frames, height, width)."""
+        return self.channels, self.frames, self.size, self.size
+
+    @property
+    def local_shape(self) -> tuple[int, int, int, int]:
+        """One local view: (channels, frames, height, width)."""
+        return self.channels, self.local_frames, self.local_size, self.local_size
+
+    @property
     def grid(self) -> tuple[int, int, int]:
         """Token grid of the global view: (time, height, width)."""
         return self.frames // self.patch_frames, self.size // self.patch_size, self.size // self.patch_size
@@ -161,6 +171,16 @@ class AudioOptions:
     def patch(self) -> tuple[int, int]:
         """Patch extent (mel bins, frames)."""
         return self.patch_bins, self.patch_frames
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """One global view: (1, mel bins, frames)."""
+        return 1, self.mel_bins, self.frames
+
+    @property
+    def local_shape(self) -> tuple[int, int, int]:
+        """One local view: (1, mel bins, frames)."""
+        return 1, self.mel_bins, self.local_frames
 
     @property
     def grid(self) -> tuple[int, int]:

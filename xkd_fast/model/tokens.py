@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xkd_fast.data.views import Views
+from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.model.options import AudioOptions, ModelOptions, VideoOptions
 from xkd_fast.model.precision import product_dtype
 from xkd_fast.model.products import through
@@ -21,24 +21,32 @@ from xkd_kernels import gather_patches as kernel_gather
 from xkd_kernels.gather_patches import gather_backend
 
 
-def check_views(views: Views, options: ModelOptions) -> None:
-    """Make sure that the views are those that the options describe.
+def check_views(views: Views, masks: MaskNoise | None, options: ModelOptions) -> None:
+    """Make sure that views and mask noise are those that the options describe, all of one batch.
 
     Raises:
-        ValueError: naming the view, its shape or number, and what it should be.
+        ValueError: naming the tensor, its shape or number, and what it should be.
     """
-    video, audio = options.video, options.audio
-    wanted = {
-        "video_global": (video.channels, video.frames, video.size, video.size),
-        "audio_global": (1, audio.mel_bins, audio.frames),
-    }
-    for name, shape in wanted.items():
-        found = tuple(getattr(views, name).shape)
-        if found[1:] != shape:
-            raise ValueError(f"views.{name} has the shape {list(found)}, but the model's options say {['B', *shape]}")
-    for name, count in (("video_locals", video.local_views), ("audio_locals", audio.local_views)):
-        if len(getattr(views, name)) != count:
-            raise ValueError(f"views.{name} holds {len(getattr(views, name))} views, but the model's options say {count}")
+    clips: dict[str, VideoOptions | AudioOptions] = {"video": options.video, "audio": options.audio}
+    batch = views.batch_size
+    for name, clip in clips.items():
+        found = getattr(views, f"{name}_locals")
+        _require_shape(f"views.{name}_global", getattr(views, f"{name}_global"), (batch, *clip.shape))
+        if len(found) != clip.local_views:
+            raise ValueError(f"views.{name}_locals holds {len(found)} views, but the model's options say {clip.local_views}")
+        for index, view in enumerate(found):
+            _require_shape(f"views.{name}_locals[{index}]", view, (batch, *clip.local_shape))
+        if masks is not None:
+            _require_shape(f"masks.{name}", getattr(masks, name), (batch, clip.tokens))
+
+
+def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        batch, *rest = shape
+        raise ValueError(
+            f"{name} has the shape {list(tensor.shape)}, but {list(shape)} is wanted: "
+            f"{rest} by the model's options, {batch} as views.video_global has clips"
+        )
 
 
 def gather_patches(

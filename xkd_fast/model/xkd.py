@@ -50,9 +50,9 @@ class XKD(reference.XKD):
         """Losses of one batch. ``masks`` fixes the mask noise, for replay and for exact resume.
 
         Raises:
-            ValueError: views that are not what the options say.
+            ValueError: views or mask noise that are not what the options say.
         """
-        check_views(views, self.options)
+        check_views(views, masks, self.options)
         masks = masks or self.draw_masks(views)
         if self.options.cuda_graph is True and views.video_global.device.type == "cuda" and torch.is_grad_enabled():
             return self.recorded_losses(views, masks)
