@@ -19,6 +19,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xkd_fast.config import Config, load_config, render_config
@@ -188,10 +189,11 @@ def run(config: Config, deepspeed: Any, launchers: Sequence[psutil.Process]) -> 
 def settle(config: Config, world_size: int) -> tuple[ModelOptions, list[str]]:
     """The model's options without an ``auto`` among its switches, and why they are as they are."""
     from xkd_fast.engine.launch import own_device
-    from xkd_fast.model.switches import obstacles_of, settled
+    from xkd_fast.model.switches import obstacle_to, settled
 
-    train, obstacles = config.train, obstacles_of(config.model, config.train.zero_stage, config.train.precision)
-    return settled(config.model, own_device(), train.precision, train.clips_per_pass(world_size), obstacles=obstacles)
+    train = config.train
+    obstacle = partial(obstacle_to, config.model, train.zero_stage, train.precision)
+    return settled(config.model, own_device(), train.precision, train.clips_per_pass(world_size), obstacle=obstacle)
 
 
 def step_cost(config: Config, engine: Engine) -> StepCost:

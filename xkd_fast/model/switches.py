@@ -7,7 +7,7 @@ committed results. Where nothing was measured, every ``auto`` is off.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -30,7 +30,7 @@ def measured_steps() -> dict[str, Any]:
 
 
 def settled(
-    options: ModelOptions, device: torch.device, precision: str, clips: int, *, obstacles: Mapping[str, str]
+    options: ModelOptions, device: torch.device, precision: str, clips: int, *, obstacle: Callable[[str], str | None]
 ) -> tuple[ModelOptions, list[str]]:
     """The options with every ``auto`` made true or false, and a line that says why.
 
@@ -39,7 +39,7 @@ def settled(
         device: that it will run on.
         precision: of the run, such as "bfloat16".
         clips: per pass of a rank; the measured batch size nearest to it counts.
-        obstacles: what a switch cannot be, and why; a measured set with such a one is not taken.
+        obstacle: why a switch cannot be on, or None; a measured set with such a one is not taken. Asked of no other switch.
     """
     open_ones = [name for name in SWITCHES if getattr(options, name) == "auto"]
     idle = [name for name in ("teacher_stream", "cuda_graph") if device.type == "cpu" and getattr(options, name) is True]
@@ -53,30 +53,30 @@ def settled(
         reason = f"no step in {precision} has been measured on {'this ' if name == 'cpu' else ''}{name}"
         return replace(options, **off), [*told, f"{', '.join(open_ones)}: off, {reason}"]
     nearest = min(batches, key=lambda each: abs(int(each) - clips))
-    hindered = [name for name in batches[nearest] if name in open_ones and name in obstacles]
-    if hindered:  # the rest of the set has not been measured without it
-        why = f"the fastest step of {nearest} clips on {name} had {hindered[0]}, and {obstacles[hindered[0]]}"
-        return replace(options, **off), [*told, f"{', '.join(open_ones)}: off, {why}"]
+    for wanted in batches[nearest]:
+        if wanted in open_ones and (why := obstacle(wanted)):  # the rest of the set has not been measured without it
+            why = f"the fastest step of {nearest} clips on {name} had {wanted}, and {why}"
+            return replace(options, **off), [*told, f"{', '.join(open_ones)}: off, {why}"]
     on: dict[str, Any] = {switch: switch in batches[nearest] for switch in open_ones}
     where = f"as in the fastest step of {nearest} clips on {name} (XKD, base model)"
     lines = [f"{switch}: {'on' if is_on else 'off'}, {where}" for switch, is_on in on.items()]
     return replace(options, **on), [*told, *lines]
 
 
-def obstacles_of(options: ModelOptions, zero_stage: int, precision: str) -> dict[str, str]:
-    """What no switch may be in a run, and why."""
-    found = {}
-    if zero_stage == 3:
-        found["cuda_graph"] = "ZeRO 3 keeps no weights at fixed places"
-    if precision == "float16":
-        found["cuda_graph"] = "its backward pass is of a loss that is not scaled, as float16 needs it"
-    if options.objective.mmd_scope == "global":
-        found["cuda_graph"] = "gathering rows from other ranks is not recorded"
-    if options.attention == "xformers":
-        found["compile"] = "xformers' mask is made in Python"
-    else:
+def obstacle_to(options: ModelOptions, zero_stage: int, precision: str, switch: str) -> str | None:
+    """Why a switch cannot be on in a run, or None. Asked of "compile" it imports PyTorch's compiler, which takes seconds."""
+    if switch == "cuda_graph":
+        if options.objective.mmd_scope == "global":
+            return "gathering rows from other ranks is not recorded"
+        if precision == "float16":
+            return "its backward pass is of a loss that is not scaled, as float16 needs it"
+        if zero_stage == 3:
+            return "ZeRO 3 keeps no weights at fixed places"
+    if switch == "compile":
+        if options.attention == "xformers":
+            return "xformers' mask is made in Python"
         try:
             require_compiler()
         except UserError:
-            found["compile"] = "no C++ compiler works here"
-    return found
+            return "no C++ compiler works here"
+    return None
