@@ -199,6 +199,26 @@ def test_teachers_are_cast_once_per_update(variant: str) -> None:
         assert not read()
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_an_update_leaves_no_stale_casts(dtype: torch.dtype) -> None:
+    """Catches casts that are told to be fresh by an update that has not written them, as in float16, or has written others."""
+    options = tiny_options()
+    (model, fresh), batch = (build_model(options, seed=0) for _ in range(2)), random_batch(options, CLIPS, dtype=torch.float32)
+    pairs = [(model.student(m), model.teacher(m)) for m in MODALITIES]
+    for _ in range(2):
+        with contestants.autocast(CPU, dtype):
+            model(*batch)
+        with torch.no_grad():
+            for student, _ in pairs:
+                for number, parameter in enumerate(student.parameters()):
+                    parameter.mul_(1.2 + 0.1 * (number % 7))
+        Teachers(*pairs, model)(0.3, 0.4)
+        fresh.load_state_dict(model.state_dict())
+        with contestants.autocast(CPU, dtype):
+            found, expected = (each(*batch).outputs.teacher_logits for each in (model, fresh))
+        assert all(torch.equal(found[m], expected[m]) and found[m].isfinite().all() for m in MODALITIES)
+
+
 @pytest.mark.parametrize(
     ("backend", "dtype", "changes", "error"),
     [
