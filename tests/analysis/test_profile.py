@@ -17,7 +17,7 @@ from xkd_fast.analysis import profile as profiling
 from xkd_fast.analysis.profile import Profile, profile, tokens_of_parts
 from xkd_fast.config import Config, load_config
 from xkd_fast.errors import UserError
-from xkd_fast.model import vit
+from xkd_fast.model import switches, vit
 from xkd_fast.model.options import ModelOptions
 
 CONFIG = load_config("demo", ["model.encoder={width: 24, depth: 2, heads: 2}", "model.decoder={width: 16, depth: 1, heads: 2}"])
@@ -110,6 +110,7 @@ def test_what_cannot_be_done_here_is_refused(tmp_path: Path, monkeypatch: pytest
     """Red if a traceback, or a profile without the file that was asked for, is all the user gets."""
     assert cli.main(["profile", "--trace", str(tmp_path)]) == 2
     assert cli.main(["profile", "--trace", ""]) == 2
+    assert cli.main(["profile", "--trace", f"{tmp_path}/x.json", "--json", f"{tmp_path}/../{tmp_path.name}/x.json"]) == 2
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--nvtx marks ranges for Nsight Systems, which needs a GPU"):
             profile(small(), clips=2, steps=1, nvtx=True, say=lambda text: None)
@@ -147,3 +148,28 @@ def test_the_peak_is_of_the_type_that_products_are_computed_in(monkeypatch: pyte
         monkeypatch.setattr(profiling, "PEAK_SECONDS", 0)
         profiling.measured_peak(device, torch.bfloat16, 64)
     assert met[7:] == [(torch.bfloat16, device), torch.float64]
+
+
+@pytest.mark.parametrize(("measured", "is_compiled"), [(["compile"], True), (["compile", "cuda_graph"], False), ([], False)])
+def test_switches_are_those_of_a_run(measured: list[str], is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a profile leaves `auto` off where a run turns a switch on, or says nothing of a set that it cannot profile."""
+    monkeypatch.setattr(vit, "BACKEND", "eager")
+    table = {"cpu": {"float32": {"2": measured}}}
+    monkeypatch.setattr(switches, "measured_steps", lambda: table)
+    met: list[bool] = []
+    monkeypatch.setattr(vit.BlockRunner, "blocks", _noting(vit.BlockRunner.blocks, met))
+    told: list[str] = []
+    profile(small(train__device="cpu"), clips=2, steps=1, say=told.append)
+    assert set(met) == {is_compiled}
+    assert ("had cuda_graph, and a graph hides the parts" in " ".join(told)) == ("cuda_graph" in measured)
+    assert any(line.startswith("compile: on" if is_compiled else "compile") for line in told)
+
+
+def _noting(blocks: Any, met: list[bool]) -> Any:
+    """``BlockRunner.blocks``, which notes whether it is compiled."""
+
+    def noting(runner: vit.BlockRunner, *args: Any) -> Any:
+        met.append(runner._compiled)
+        return blocks(runner, *args)
+
+    return noting
