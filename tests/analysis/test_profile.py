@@ -67,7 +67,7 @@ def test_command_writes_figures_and_a_trace(tmp_path: Path, capsys: pytest.Captu
     assert "2 clips in" in capsys.readouterr().out
     assert json.loads((tmp_path / "step.json").read_text())["clips"] == 2
     names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
-    assert {f"xkd::{name}" for name in FORWARD} <= names
+    assert {f"xkd::{name}" for name in (*FORWARD, "backward", "clip and AdamW", "teacher update")} <= names
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [({"clips": 0}, "--clips 0"), ({"steps": 0}, "--steps 0")])
@@ -157,7 +157,7 @@ def test_switches_are_those_of_a_run(measured: list[str], is_compiled: bool, mon
     table = {"cpu": {"float32": {"2": measured}}}
     monkeypatch.setattr(switches, "measured_steps", lambda: table)
     met: list[bool] = []
-    monkeypatch.setattr(vit.BlockRunner, "blocks", _noting(vit.BlockRunner.blocks, met))
+    monkeypatch.setattr(vit.BlockRunner, "blocks", _noting(vit.BlockRunner.blocks, met, lambda runner: runner._compiled))
     told: list[str] = []
     profile(small(train__device="cpu"), clips=2, steps=1, say=told.append)
     assert set(met) == {is_compiled}
@@ -165,11 +165,29 @@ def test_switches_are_those_of_a_run(measured: list[str], is_compiled: bool, mon
     assert any(line.startswith("compile: on" if is_compiled else "compile") for line in told)
 
 
-def _noting(blocks: Any, met: list[bool]) -> Any:
-    """``BlockRunner.blocks``, which notes whether it is compiled."""
+def _noting(method: Any, met: list[Any], what: Any) -> Any:
+    """A method that notes ``what`` its object is at every call."""
 
-    def noting(runner: vit.BlockRunner, *args: Any) -> Any:
-        met.append(runner._compiled)
-        return blocks(runner, *args)
+    def noting(self: Any, *args: Any) -> Any:
+        met.append(what(self))
+        return method(self, *args)
 
     return noting
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_whole_step_is_taken_as_configured(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if what is timed runs in another precision, clips otherwise, leaves teachers and centres, or meets another peak."""
+    config = small(train__precision=precision, train__device="cpu", optimizer__clip_norm=0.125)
+    met: list[object] = []
+    follow = profiling.LocalUpdate.follow
+    monkeypatch.setattr(
+        vit.BlockRunner, "blocks", _noting(vit.BlockRunner.blocks, met, lambda runner: torch.is_autocast_enabled("cpu"))
+    )
+    monkeypatch.setattr(profiling, "measured_peak", lambda device, dtype, size: met.append(dtype) or 1.0)
+    monkeypatch.setattr(profiling.LocalUpdate, "follow", lambda self, means: met.append("follows") or follow(self, means))
+    steps: list[profiling.Step] = []
+    monkeypatch.setattr(profiling.Step, "forward", _noting(profiling.Step.forward, steps, lambda step: step))
+    profile(config, clips=2, steps=1, say=lambda text: None)
+    assert set(met) == {precision == "bfloat16", "follows", getattr(torch, precision)}
+    assert steps[0].local.optimizer.clip_norm == 0.125 and steps[0].model.video_centre.abs().max() > 0
