@@ -20,6 +20,10 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 python=${PYTHON:-python3}
 begun=$(date +%s)
 
+if [[ $# -eq 1 && "$1" =~ ^(-h|--help)$ ]]; then
+    sed -n '2,/^set /s/^# \{0,1\}//p' benchmarks/gpu.sh
+    exit 0
+fi
 if [[ $# -gt 1 || ! "${1:---smoke}" =~ ^--(smoke|kernels|tune|ablate|data)$ ]]; then
     echo "error: unknown arguments $*; it takes --smoke, --kernels, --tune, --data or --ablate" >&2
     exit 2
@@ -29,7 +33,10 @@ if [[ ! "${XKD_BENCHMARK_SECONDS:-0}" =~ ^[0-9]+$ ]]; then
     exit 2
 fi
 command -v "$python" >/dev/null || { echo "error: PYTHON=$python is not found" >&2; exit 2; }
-"$python" -c 'import torch, triton, pytest' 2>/dev/null || { echo "error: $python lacks torch, Triton or pytest" >&2; exit 2; }
+if ! { told=$("$python" -c 'import torch, triton, pytest' 2>&1 >&3); } 3>&1; then
+    echo "error: $python needs torch, Triton and pytest: $(tail -n 1 <<<"$told")" >&2
+    exit 2
+fi
 if [[ "${1:-}" == --data ]]; then # what decodes and prepares, and what its tests import, by the names they are installed by
     if ! missing=$("$python" - <<'END'
 import importlib
@@ -103,6 +110,10 @@ fi
 failed=0
 within 180 "${run[@]}" -m "not further" "${tests[@]}" || failed=1
 bench() {
+    if (($(date +%s) - begun >= seconds + 45)); then
+        echo "$*: not reached"
+        return
+    fi
     export XKD_BENCHMARK_SECONDS=$((seconds - $(date +%s) + begun))
     within $((seconds + 45)) "${run[@]}" -s -rs "$@" "${flags[@]}" || failed=1
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -197,6 +198,37 @@ def test_gpu_script_refuses_what_it_does_not_know() -> None:
     """Red if a mistyped argument starts a measurement."""
     wrong = subprocess.run(["bash", "benchmarks/gpu.sh", "--fast"], cwd=ROOT, capture_output=True, timeout=120)
     assert wrong.returncode == 2 and b"unknown arguments --fast" in wrong.stderr
+
+
+def test_gpu_script_tells_what_it_is_and_what_it_lacks(tmp_path: Path) -> None:
+    """Red if ``--help`` is an error, or a torch that does not load passes for one that is not installed."""
+    told = subprocess.run(["bash", "benchmarks/gpu.sh", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert told.returncode == 0 and "--ablate" in told.stdout and "XKD_BENCHMARK_SECONDS" in told.stdout
+    assert not re.search(r"^#|set -euo", told.stdout, re.MULTILINE)
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/bash\necho "Traceback" >&2\necho "ImportError: libcudart.so.13: cannot open it" >&2\nexit 1\n')
+    stub.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(stub)}
+    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == f"error: {stub} needs torch, Triton and pytest: ImportError: libcudart.so.13: cannot open it\n"
+
+
+def test_gpu_script_begins_no_benchmark_behind_the_deadline(tmp_path: Path) -> None:
+    """Red if one that nobody has time for is begun, cut off a second later, and passes for a failed one."""
+    for name, text in {
+        "python": 'echo "$*"; [[ $* != *"-s -rs"* ]] || sleep 30',
+        "date": f"echo $(($(cat {tmp_path}/now) + 1)) >{tmp_path}/now; echo $((150 * $(cat {tmp_path}/now)))",  # of its own
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "now").write_text("0")
+    chosen = {"XKD_NATIVE": str(tmp_path), "PYTHON": "python", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment = {**os.environ, **chosen, "XKD_BENCHMARK_SECONDS": "200"}
+    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--benchmark" not in done.stdout, done.stdout
+    assert "benchmarks/test_step.py -k xkd-bfloat16: not reached" in done.stdout
+    assert "benchmarks/test_step.py -k not xkd-bfloat16: not reached" in done.stdout
 
 
 class Greedy(FewLaunches):

@@ -491,6 +491,8 @@ def profile(arguments: list[str]) -> int:
             raise UserError(f"{option} {path} cannot be written: {path.absolute().parent} is no folder that one may write to")
         if path is not None and path.is_dir():
             raise UserError(f"{option} {path} is a folder; name a file")
+    if given.trace is not None and given.json is not None and given.trace.resolve() == given.json.resolve():
+        raise UserError(f"--trace and --json both name {given.json}; one would replace the other: name two files")
     console = Console()
     clips = config.train.clips_per_pass(1) if given.clips is None else given.clips
     result = profile_step(config, clips=clips, steps=given.steps, trace=given.trace, nvtx=given.nvtx, say=console.log)

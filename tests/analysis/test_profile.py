@@ -17,7 +17,7 @@ from xkd_fast.analysis import profile as profiling
 from xkd_fast.analysis.profile import Profile, profile, tokens_of_parts
 from xkd_fast.config import Config, load_config
 from xkd_fast.errors import UserError
-from xkd_fast.model import vit
+from xkd_fast.model import switches, vit
 from xkd_fast.model.options import ModelOptions
 
 CONFIG = load_config("demo", ["model.encoder={width: 24, depth: 2, heads: 2}", "model.decoder={width: 16, depth: 1, heads: 2}"])
@@ -67,7 +67,7 @@ def test_command_writes_figures_and_a_trace(tmp_path: Path, capsys: pytest.Captu
     assert "2 clips in" in capsys.readouterr().out
     assert json.loads((tmp_path / "step.json").read_text())["clips"] == 2
     names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
-    assert {f"xkd::{name}" for name in FORWARD} <= names
+    assert {f"xkd::{name}" for name in (*FORWARD, "backward", "clip and AdamW", "teacher update")} <= names
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [({"clips": 0}, "--clips 0"), ({"steps": 0}, "--steps 0")])
@@ -110,6 +110,7 @@ def test_what_cannot_be_done_here_is_refused(tmp_path: Path, monkeypatch: pytest
     """Red if a traceback, or a profile without the file that was asked for, is all the user gets."""
     assert cli.main(["profile", "--trace", str(tmp_path)]) == 2
     assert cli.main(["profile", "--trace", ""]) == 2
+    assert cli.main(["profile", "--trace", f"{tmp_path}/x.json", "--json", f"{tmp_path}/../{tmp_path.name}/x.json"]) == 2
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--nvtx marks ranges for Nsight Systems, which needs a GPU"):
             profile(small(), clips=2, steps=1, nvtx=True, say=lambda text: None)
@@ -147,3 +148,46 @@ def test_the_peak_is_of_the_type_that_products_are_computed_in(monkeypatch: pyte
         monkeypatch.setattr(profiling, "PEAK_SECONDS", 0)
         profiling.measured_peak(device, torch.bfloat16, 64)
     assert met[7:] == [(torch.bfloat16, device), torch.float64]
+
+
+@pytest.mark.parametrize(("measured", "is_compiled"), [(["compile"], True), (["compile", "cuda_graph"], False), ([], False)])
+def test_switches_are_those_of_a_run(measured: list[str], is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a profile leaves `auto` off where a run turns a switch on, or says nothing of a set that it cannot profile."""
+    monkeypatch.setattr(vit, "BACKEND", "eager")
+    table = {"cpu": {"float32": {"2": measured}}}
+    monkeypatch.setattr(switches, "measured_steps", lambda: table)
+    met: list[bool] = []
+    monkeypatch.setattr(vit.BlockRunner, "blocks", _noting(vit.BlockRunner.blocks, met, lambda runner: runner._compiled))
+    told: list[str] = []
+    profile(small(train__device="cpu"), clips=2, steps=1, say=told.append)
+    assert set(met) == {is_compiled}
+    assert ("had cuda_graph, and a graph hides the parts" in " ".join(told)) == ("cuda_graph" in measured)
+    assert any(line.startswith("compile: on" if is_compiled else "compile") for line in told)
+
+
+def _noting(method: Any, met: list[Any], what: Any) -> Any:
+    """A method that notes ``what`` its object is at every call."""
+
+    def noting(self: Any, *args: Any) -> Any:
+        met.append(what(self))
+        return method(self, *args)
+
+    return noting
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_whole_step_is_taken_as_configured(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if what is timed runs in another precision, clips otherwise, leaves teachers and centres, or meets another peak."""
+    config = small(train__precision=precision, train__device="cpu", optimizer__clip_norm=0.125)
+    met: list[object] = []
+    follow = profiling.LocalUpdate.follow
+    monkeypatch.setattr(
+        vit.BlockRunner, "blocks", _noting(vit.BlockRunner.blocks, met, lambda runner: torch.is_autocast_enabled("cpu"))
+    )
+    monkeypatch.setattr(profiling, "measured_peak", lambda device, dtype, size: met.append(dtype) or 1.0)
+    monkeypatch.setattr(profiling.LocalUpdate, "follow", lambda self, means: met.append("follows") or follow(self, means))
+    steps: list[profiling.Step] = []
+    monkeypatch.setattr(profiling.Step, "forward", _noting(profiling.Step.forward, steps, lambda step: step))
+    profile(config, clips=2, steps=1, say=lambda text: None)
+    assert set(met) == {precision == "bfloat16", "follows", getattr(torch, precision)}
+    assert steps[0].local.optimizer.clip_norm == 0.125 and steps[0].model.video_centre.abs().max() > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from tests.tiny import random_batch, tiny_options
 from xkd_fast.analysis.flops import flop_counter, step_flops, total
 from xkd_fast.analysis.kept import Kept
 from xkd_fast.engine.ema import Teachers
-from xkd_fast.model import products, tokens, vit, xkd
+from xkd_fast.model import autoencoder, products, tokens, vit, xkd
 from xkd_fast.model.attention import patch_probabilities
 from xkd_fast.model.build import build_model
 from xkd_fast.model.components import listening
@@ -197,6 +197,47 @@ def test_teachers_are_cast_once_per_update(variant: str) -> None:
         Teachers(video, audio)(0.9, 0.9)
         assert read() == dict.fromkeys(weights, 1)
         assert not read()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_stream_and_what_is_made_of_it_stay_in_float32(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a residual stream, pooled tokens, logits, refinement or losses in autocast's type, and products that are not."""
+    seen: Counter[tuple[str, torch.dtype]] = Counter()
+    for name in ("run_block", "run_last_block"):
+        spy(monkeypatch, vit, name, lambda block, x, *rest, name=name: seen.update([(name, x.dtype)]))
+    spy(monkeypatch, autoencoder, "predict_masked", lambda decoder, x, *rest: seen.update([("predict_masked", x.dtype)]))
+    spy(monkeypatch, xkd, "project", lambda head, pooled, kernels: seen.update([("project", pooled.dtype)]))
+    spy(monkeypatch, xkd, "reconstruction_loss", lambda predicted, *rest: seen.update([("predicted", predicted.dtype)]))
+    options = tiny_options(variant=variant, cls_token=variant != "mas", **MANY_VIEWS)  # a CLS token would widen the rest
+    model = build_model(options, seed=0)
+    with contestants.autocast(CPU, torch.bfloat16):
+        losses = model(*random_batch(options, CLIPS, dtype=torch.float32))
+    assert seen.keys() == {
+        *((name, torch.float32) for name in ("run_block", "run_last_block", "predict_masked", "project")),
+        ("predicted", torch.bfloat16),
+    }
+    made = [*losses.terms().values(), *(x for f in fields(losses.outputs) for x in getattr(losses.outputs, f.name).values())]
+    assert {x.dtype for x in made} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_an_update_leaves_no_stale_casts(dtype: torch.dtype) -> None:
+    """Catches casts that are told to be fresh by an update that has not written them, as in float16, or has written others."""
+    options = tiny_options()
+    (model, fresh), batch = (build_model(options, seed=0) for _ in range(2)), random_batch(options, CLIPS, dtype=torch.float32)
+    pairs = [(model.student(m), model.teacher(m)) for m in MODALITIES]
+    for _ in range(2):
+        with contestants.autocast(CPU, dtype):
+            model(*batch)
+        with torch.no_grad():
+            for student, _ in pairs:
+                for number, parameter in enumerate(student.parameters()):
+                    parameter.mul_(1.2 + 0.1 * (number % 7))
+        Teachers(*pairs, model)(0.3, 0.4)
+        fresh.load_state_dict(model.state_dict())
+        with contestants.autocast(CPU, dtype):
+            found, expected = (each(*batch).outputs.teacher_logits for each in (model, fresh))
+        assert all(torch.equal(found[m], expected[m]) and found[m].isfinite().all() for m in MODALITIES)
 
 
 @pytest.mark.parametrize(

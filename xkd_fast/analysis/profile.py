@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,12 @@ from xkd_fast.model.components import component, listening
 from xkd_fast.model.kernels import described
 from xkd_fast.model.options import ModelOptions
 from xkd_fast.model.products import multiplied_in
+from xkd_fast.model.switches import obstacles_of, settled
 from xkd_fast.model.vit import require_compiler
 from xkd_fast.objective.losses import Losses
 from xkd_fast.reference import XKD
 
+HIDES_PARTS = "a graph hides the parts of the step, which a profile tells apart"
 PEAK_SECONDS = 1.0  # after which no further product is timed: types that a processor lacks can take seconds each
 
 
@@ -227,6 +229,9 @@ def profile(
         raise UserError("train.device = cuda, but no GPU is found; set train.device=auto or cpu")
     if nvtx and device.type == "cpu":
         raise UserError("--nvtx marks ranges for Nsight Systems, which needs a GPU; leave it out, or use --trace")
+    obstacles = {**obstacles_of(config.model, 0, config.train.precision), "cuda_graph": HIDES_PARTS}
+    model, switches = settled(config.model, device, config.train.precision, clips, obstacles=obstacles)
+    config = replace(config, model=model)  # as a run would have it, where a profile can
     if config.model.compile is True:
         require_compiler()
     if device.type == "cpu":
@@ -238,7 +243,7 @@ def profile(
         attention = getattr(step.model, "attention", None)
         if isinstance(attention, Attention):
             where = (config.model, device, getattr(torch, config.train.precision))
-            for line in (*attention_described(attention, *where), *described(*where)):
+            for line in (*attention_described(attention, *where), *described(*where), *switches):
                 say(line)
         say(f"optimiser: {step.update_reason}")
         say(f"timing {steps} steps of {clips} clips on {device.type}, {config.train.precision}")
