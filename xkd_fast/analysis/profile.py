@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,12 @@ from xkd_fast.model.components import component, listening
 from xkd_fast.model.kernels import described
 from xkd_fast.model.options import ModelOptions
 from xkd_fast.model.products import multiplied_in
-from xkd_fast.model.switches import obstacles_of, settled
+from xkd_fast.model.switches import obstacle_to, settled
 from xkd_fast.model.vit import require_compiler
 from xkd_fast.objective.losses import Losses
 from xkd_fast.reference import XKD
 
-HIDES_PARTS = "a graph hides the parts of the step, which a profile tells apart"
+HIDES_PARTS = "cuda_graph: off in a profile, a graph hides the parts of the step"
 PEAK_SECONDS = 1.0  # after which no further product is timed: types that a processor lacks can take seconds each
 
 
@@ -229,9 +230,12 @@ def profile(
         raise UserError("train.device = cuda, but no GPU is found; set train.device=auto or cpu")
     if nvtx and device.type == "cpu":
         raise UserError("--nvtx marks ranges for Nsight Systems, which needs a GPU; leave it out, or use --trace")
-    obstacles = {**obstacles_of(config.model, 0, config.train.precision), "cuda_graph": HIDES_PARTS}
-    model, switches = settled(config.model, device, config.train.precision, clips, obstacles=obstacles)
-    config = replace(config, model=model)  # as a run would have it, where a profile can
+    obstacle = partial(obstacle_to, config.model, 0, config.train.precision)
+    model, switches = settled(config.model, device, config.train.precision, clips, obstacle=obstacle)  # as in a run
+    if model.cuda_graph is True:
+        model = replace(model, cuda_graph=False)
+        switches = [*(line for line in switches if not line.startswith("cuda_graph: ")), HIDES_PARTS]
+    config = replace(config, model=model)
     if config.model.compile is True:
         require_compiler()
     if device.type == "cpu":
