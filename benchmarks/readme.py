@@ -116,7 +116,7 @@ def step_paragraph() -> str:
         if any(speed.get("strong", inf) < speed.get("reference", 0) for speed in speeds)
     ]
     if slow:
-        lines += ["", f"For {' and '.join(slow)} the strong contestant is slower than the reference here:"]
+        lines += ["", f"The strong contestant is slower than the reference for {', '.join(slow)}:"]
         lines += ["its fused attention is made for GPUs."]
     machines = sorted({f"{result['device']}, torch {result['torch']}" for result in results})
     return "\n".join([*lines, "", f"On {'; '.join(machines)}."])

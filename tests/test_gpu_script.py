@@ -27,6 +27,7 @@ CPU = torch.device("cpu")
 # all that `pip install xkd-fast` brings but torch and Triton; numpy is left, which Triton's interpreter needs in place of a GPU
 ABSENT = ("av", "deepspeed", "hypothesis", "joblib", "matplotlib", "nvidia.dali", "pydantic", "rich", "safetensors", "sklearn")
 ABSENT += ("tensorboard", "yaml")
+ALSO_RUN_HERE = ("fast_model", "fp8", "graphs")  # model tests that the script begins with: imported, and left to the tests
 UNUSED_BY_DATA = ("deepspeed", "joblib", "matplotlib", "psutil", "sklearn", "tensorboard")
 
 
@@ -46,8 +47,10 @@ def without(folder: Path, packages: tuple[str, ...]) -> dict[str, str]:
 def test_gpu_script_runs_to_its_end_without_a_gpu(tmp_path: Path) -> None:
     """Red if it needs more than torch, Triton and pytest, a test or benchmark fails, or the table is not of this run alone."""
     before = times()
+    environment = without(tmp_path, ABSENT)
+    environment["PYTEST_ADDOPTS"] = " ".join(f"--deselect tests/model/test_{name}.py" for name in ALSO_RUN_HERE)
     command = ["bash", "benchmarks/gpu.sh", "--smoke"]
-    done = subprocess.run(command, cwd=ROOT, env=without(tmp_path, ABSENT), capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert done.stdout.count(" passed") == 5 and "peak memory" in done.stdout and "bias_gelu, small, backward: " in done.stdout
     rows = [line for line in done.stdout.splitlines() if " tiny, " in line and "× reference" in line and "× strong" in line]

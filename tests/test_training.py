@@ -184,22 +184,41 @@ def test_resuming_with_other_options_names_them(uninterrupted: tuple[Path, Path,
     assert errors and all("optimizer.lr = 0.008 (now 5.0)" in line and "every_steps" not in line for line in errors)
 
 
-def test_a_damaged_checkpoint_is_one_clear_error(uninterrupted: tuple[Path, Path, str]) -> None:
-    """Red if a torn file gives a traceback, is read as if it were whole, or nobody says that an older checkpoint is there."""
+ONE_RANK = ["train.stop_after_steps=2", "train.global_batch=4", "train.micro_batch=4", "checkpoint.every_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(uninterrupted: tuple[Path, Path, str]) -> Path:
+    """A run of one rank with a checkpoint after each of its two steps."""
     whole, data, _ = uninterrupted
-    good, output = whole.parent / "good", whole.parent / "damaged"
-    options = ["train.stop_after_steps=2", "train.global_batch=4", "train.micro_batch=4", "checkpoint.every_steps=1"]
-    run([sys.executable, *command(good, data, *options)[5:]])
-    for name in ("random-00000.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "model.safetensors", "state.json"):
-        shutil.rmtree(output, ignore_errors=True)
-        shutil.copytree(good, output)
-        (output / "checkpoints" / "step-00000002" / name).write_bytes(b"hello")
-        printed = run([sys.executable, *command(output, data, *options, "--resume", "auto")[5:]], code=2)
-        (error,) = {line for line in printed.splitlines() if line.startswith("error:")}
-        assert f"{output}/checkpoints/step-00000002 is damaged or incomplete" in error, error
-        assert error.endswith(f"resume from the one before, checkpoint.resume={output}/checkpoints/step-00000001")
-        assert "Traceback" not in printed
-    run([sys.executable, *command(output, data, *options, "--resume", f"{output}/checkpoints/step-00000001")[5:]])
+    run([sys.executable, *command(whole.parent / "good", data, *ONE_RANK)[5:]])
+    return whole.parent / "good"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "random-00000.pt",
+        "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        pytest.param("model.safetensors", marks=pytest.mark.slow),
+        pytest.param("state.json", marks=pytest.mark.slow),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_clear_error(
+    uninterrupted: tuple[Path, Path, str], two_checkpoints: Path, name: str
+) -> None:
+    """Red if a torn file gives a traceback, is read as if it were whole, or nobody says that an older checkpoint is there."""
+    output = two_checkpoints.with_name(f"damaged-{name}")
+    shutil.copytree(two_checkpoints, output)
+    (output / "checkpoints" / "step-00000002" / name).write_bytes(b"hello")
+    resumed = [sys.executable, *command(output, uninterrupted[1], *ONE_RANK, "--resume")[5:]]
+    printed = run([*resumed, "auto"], code=2)
+    (error,) = {line for line in printed.splitlines() if line.startswith("error:")}
+    assert f"{output}/checkpoints/step-00000002 is damaged or incomplete" in error, error
+    assert error.endswith(f"resume from the one before, checkpoint.resume={output}/checkpoints/step-00000001")
+    assert "Traceback" not in printed
+    if name.startswith("zero"):
+        run([*resumed, f"{output}/checkpoints/step-00000001"])
 
 
 def test_a_rank_saves_its_share_alone(uninterrupted: tuple[Path, Path, str]) -> None:
@@ -221,7 +240,10 @@ def test_an_output_that_cannot_be_written_is_one_clear_error(uninterrupted: tupl
     assert "cannot be written" in printed and "Traceback" not in printed
 
 
-@pytest.mark.parametrize(("stage", "precision"), ((0, "float32"), (1, "float16"), (2, "bfloat16"), (3, "bfloat16")))
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, "float32"), (1, "float16"), pytest.param(2, "bfloat16", marks=pytest.mark.slow), (3, "bfloat16")],
+)
 def test_plain_python_trains_and_resumes(uninterrupted: tuple[Path, Path, str], stage: int, precision: str) -> None:
     """Red if the job needs a launcher, autocast breaks it, a stage's checkpoint lacks something that the next step needs, or a
     step that is not taken moves the schedules on."""

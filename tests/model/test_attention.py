@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from tests.tiny import random_batch, tiny_options
+from xkd_fast.analysis.kept import Kept
 from xkd_fast.errors import UserError
 from xkd_fast.model import attention as module
-from xkd_fast.model.attention import PLAIN, automatic, block_diagonal, choose, eager, group_by_group
+from xkd_fast.model import products
+from xkd_fast.model.attention import PLAIN, SHORT, automatic, block_diagonal, choose, eager, group_by_group
 from xkd_fast.model.build import build_model
 from xkd_fast.model.options import DecoderOptions, ModelOptions
 from xkd_fast.model.packing import Group, joined
@@ -59,6 +61,16 @@ def test_teachers_tiles_are_whole(length: int, has_matrix_unit: bool, monkeypatc
     exact = eager(q.double(), k.double(), v.double())
     torch.testing.assert_close(automatic(q, k, v).double(), exact, rtol=1e-2, atol=8e-3)
     assert (automatic(q[:, :, :1], k, v).double() - exact[:, :1]).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize(("length", "keeps_matrix"), ((64, True), (SHORT, True), (SHORT + 1, False)))
+def test_the_matrix_of_long_sequences_is_not_kept(length: int, keeps_matrix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if ``auto`` keeps a matrix whose bytes grow with the square of a long sequence, or makes a short one's twice."""
+    monkeypatch.setattr(products, "LACKS_BFLOAT16", False)  # whatever processor this is
+    q, k, v = torch.randn(3, 1, 1, length, 8).bfloat16().requires_grad_()
+    kept = Kept()
+    kept.count(lambda: automatic(q, k, v).sum())
+    assert (sum(kept.bytes.values()) >= 2 * length**2) == keeps_matrix
 
 
 @pytest.mark.parametrize(("dtype", "error"), ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)))

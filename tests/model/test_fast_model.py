@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -95,9 +96,12 @@ def test_equals_the_reference(name: str, device: str) -> None:
     assert compared > 30
 
 
-def test_compiled_blocks_equal_the_reference_and_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param(vit.BACKEND, marks=[pytest.mark.slow, pytest.mark.further], id="as users have it")]
+)
+def test_compiled_blocks_equal_the_reference_and_are_compiled_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Red if a block breaks its graph (that raises), computes something else compiled, or is compiled again at every step."""
-    monkeypatch.setattr(vit, "BACKEND", "aot_eager")
+    monkeypatch.setattr(vit, "BACKEND", backend)
     options = tiny_options(compile=True)
     plain, fast = both(options, torch.float64)
     expected, got = step(plain, options, torch.float64), step(fast, options, torch.float64)
@@ -178,8 +182,15 @@ def test_less_is_kept_and_launched() -> None:
         views, masks = random_batch(options, 4, dtype=torch.float32)
         kept[name] = saved_bytes(lambda model=model, views=views, masks=masks: model(views, masks).total)
         launched[name] = launches(lambda model=model, views=views, masks=masks: model(views, masks).total.backward())
-    frugal = both(replace(options, checkpointing=True), torch.float32)[1]
-    kept["checkpointing"] = saved_bytes(lambda: frugal(views, masks).total)
+    for depth in (1, 2, 3):
+        encoder = replace(options.encoder, depth=depth)
+        frugal = both(replace(options, checkpointing=True, encoder=encoder), torch.float32)[1]
+        kept[f"checkpointing {depth}"] = saved_bytes(lambda model=frugal: model(views, masks).total)
+    clips = (options.video, options.audio)
+    tokens = sum(2 + clip.keep + math.prod(clip.local_grid) for clip in clips)  # of one clip, with both CLS tokens
+    one_more_block = kept["checkpointing 3"] - kept["checkpointing 2"]
+    assert one_more_block == 4 * 4 * tokens * options.encoder.width, "what enters a block, and nothing else"
+    kept["checkpointing"] = kept[f"checkpointing {options.encoder.depth}"]
     assert kept["fast"] < 0.6 * kept["reference"], kept
     assert kept["checkpointing"] < 0.85 * kept["fast"], kept
     assert launched["fast"] < 0.85 * launched["reference"], launched

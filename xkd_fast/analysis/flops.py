@@ -2,7 +2,8 @@
 
 Counted are matrix products, attention's included, two operations for each multiplication with its addition: what
 ``torch.utils.flop_counter`` counts, and what utilisation is measured against. :func:`flop_counter` is that counter, with the
-CPU's fused attention, which it leaves out by itself.
+CPU's fused attention, which it leaves out by itself. Left out here are the products by which a GPU that lacks our kernel pulls
+MMD's rows apart: at 128 clips less than a hundredth of a per cent of the step.
 """
 
 from __future__ import annotations
