@@ -13,7 +13,7 @@ from xkd_fast.analysis.kept import Kept
 from xkd_fast.errors import UserError
 from xkd_fast.model import attention as module
 from xkd_fast.model import products
-from xkd_fast.model.attention import PLAIN, SHORT, automatic, block_diagonal, choose, eager, group_by_group
+from xkd_fast.model.attention import PLAIN, automatic, block_diagonal, choose, eager, group_by_group
 from xkd_fast.model.build import build_model
 from xkd_fast.model.options import DecoderOptions, ModelOptions
 from xkd_fast.model.packing import Group, joined
@@ -63,7 +63,7 @@ def test_teachers_tiles_are_whole(length: int, has_matrix_unit: bool, monkeypatc
     assert (automatic(q[:, :, :1], k, v).double() - exact[:, :1]).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize(("length", "keeps_matrix"), ((64, True), (SHORT, True), (SHORT + 1, False)))
+@pytest.mark.parametrize(("length", "keeps_matrix"), ((64, True), (561, True), (785, False)))
 def test_the_matrix_of_long_sequences_is_not_kept(length: int, keeps_matrix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Red if ``auto`` keeps a matrix whose bytes grow with the square of a long sequence, or makes a short one's twice."""
     monkeypatch.setattr(products, "LACKS_BFLOAT16", False)  # whatever processor this is
