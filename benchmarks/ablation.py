@@ -22,10 +22,13 @@ from xkd_fast.engine.updates import Torch
 from xkd_fast.model import autoencoder, vit, xkd
 from xkd_fast.model.options import ModelOptions
 from xkd_fast.model.packing import Group, added, heads_of, pack, unpack
+from xkd_fast.model.products import linear, through
 from xkd_fast.model.switches import SWITCHES
 from xkd_fast.model.tokens import embed
 from xkd_fast.objective.losses import Distilled, Losses
 from xkd_fast.reference import MODALITIES, Decoder, Network
+from xkd_kernels import unit_rows
+from xkd_kernels.unit_rows import EPS
 
 Functions = tuple[tuple[Any, str, Callable[..., Any]], ...]
 """(module, name, what it is replaced by)"""
@@ -196,6 +199,16 @@ def plain_head(head: reference.Head, pooled: Tensor, kernels: str) -> Tensor:
     return head(pooled)  # type: ignore[no-any-return]
 
 
+def prototypes_as_they_are(head: reference.Head, pooled: Tensor, kernels: str) -> Tensor:
+    """The head with logits divided by the prototypes' lengths, in place of prototypes: no normalised weight is written."""
+    x = F.gelu(head.norm(through(head.linear1, pooled)))
+    x = F.gelu(head.norm(through(head.linear2, x)))
+    x = unit_rows(through(head.linear3, x), backend=kernels)
+    lengths = torch.linalg.vector_norm(head.prototypes, dim=1, keepdim=True).clamp_min(EPS)
+    logits = reference.wide(linear(x, head.prototypes, None)) * (head.prototype_scale / lengths).T
+    return F.layer_norm(logits, (len(head.prototypes),), eps=reference.LAYER_NORM_EPS)
+
+
 class PlainUpdate(Altered):
     """Norms, AdamW, teachers and their copies by PyTorch's operators alone, as the strong yardstick has them."""
 
@@ -253,7 +266,11 @@ FP8 = "teachers in FP8"
 
 def added_techniques(device: torch.device, precision: str) -> dict[str, type[Fast]]:
     """What is off by default, by name."""
-    found: list[type[Fast]] = [altered("checkpointing", changes={"checkpointing": True}), fast_with("compile")]
+    found: list[type[Fast]] = [
+        altered("checkpointing", changes={"checkpointing": True}),
+        altered("prototypes normalised behind their product", functions=((xkd, "project", prototypes_as_they_are),)),
+        fast_with("compile"),
+    ]
     if precision == "bfloat16":
         found.append(altered(FP8, changes={"teacher_precision": "fp8"}))
     if device.type == "cuda":
