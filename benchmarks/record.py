@@ -30,7 +30,7 @@ def place(device: torch.device) -> str:
 
 def write(name: str, result: dict[str, Any]) -> Path:
     """Write ``results/NAME.json`` with its provenance; replaces the file in one step."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     aside = path.with_suffix(".json.partial")
     aside.write_text(json.dumps({**provenance(), **result}, indent=2) + "\n", encoding="utf-8")

@@ -489,8 +489,8 @@ def profile(arguments: list[str]) -> int:
     for option, path in (("--trace", given.trace), ("--json", given.json)):
         if path is not None and not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
             raise UserError(f"{option} {path} cannot be written: {path.absolute().parent} is no folder that one may write to")
-        if path is not None and path.is_dir():
-            raise UserError(f"{option} {path} is a folder; name a file")
+        if path is not None and path.exists() and not path.is_file():
+            raise UserError(f"{option} {path} is a folder, a device or a pipe; name a file")
     if given.trace is not None and given.json is not None and given.trace.resolve() == given.json.resolve():
         raise UserError(f"--trace and --json both name {given.json}; one would replace the other: name two files")
     console = Console()

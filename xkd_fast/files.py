@@ -27,8 +27,9 @@ def write_aside(path: Path, data: bytes) -> None:
 def replace_with(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file under another name, then put it in the place of ``path`` in one step.
 
-    If ``write`` fails, ``path`` stays as it was and nothing is left over.
+    If ``write`` fails, ``path`` stays as it was and nothing is left over. A link stays one: what it names is replaced.
     """
+    path = path.resolve()
     temporary = aside(path)
     try:
         temporary.touch()

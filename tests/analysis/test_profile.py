@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,11 @@ def test_what_cannot_be_done_here_is_refused(tmp_path: Path, monkeypatch: pytest
     """Red if a traceback, or a profile without the file that was asked for, is all the user gets."""
     assert cli.main(["profile", "--trace", str(tmp_path)]) == 2
     assert cli.main(["profile", "--trace", ""]) == 2
+    os.mkfifo(tmp_path / "pipe")
+    assert cli.main(["profile", "--json", str(tmp_path / "pipe")]) == 2 and (tmp_path / "pipe").is_fifo()
+    (tmp_path / "pipe").unlink()
+    with pytest.raises(UserError, match=r"--clips 1000000000 do not fit into the CPU's memory; name fewer"):
+        profile(small(train__device="cpu"), clips=10**9, steps=1, say=lambda text: None)
     assert cli.main(["profile", "--trace", f"{tmp_path}/x.json", "--json", f"{tmp_path}/../{tmp_path.name}/x.json"]) == 2
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--nvtx marks ranges for Nsight Systems, which needs a GPU"):

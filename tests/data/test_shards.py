@@ -148,6 +148,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    """Would catch a file written in the place of the link that named it, and what it named left as it was."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to("far/file")
+    for data in (b"old", b"new"):
+        write_aside(tmp_path / "link", data)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "far" / "file").read_bytes() == data
+    assert [path.name for path in (tmp_path / "far").iterdir()] == ["file"]
+
+
 # ------------------------------------------------------------------------------------------------------------------ damage
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -225,6 +227,14 @@ WRONG_BATCHES = {
         lambda v, m: replace(v, video_locals=[v.video_locals[0][:2], v.video_locals[1]]),
         r"views\.video_locals\[0\] has the shape \[2, .* \[4, .* is wanted: .* 4 as views\.video_global has clips",
     ),
+    "whole numbers": (
+        lambda v, m: replace(v, video_locals=[v.short() for v in v.video_locals]),
+        r"video_locals is of torch\.int16",
+    ),
+    "a sound of bytes": (
+        lambda v, m: replace(v, audio_global=v.audio_global.byte()),
+        r"audio_global is of torch\.uint8; numbers in",
+    ),
     "masks of too few tokens": (lambda v, m: replace(m, video=m.video[:, 1:]), r"masks\.video has the shape .* is wanted"),
     "masks of too few clips": (lambda v, m: replace(m, audio=m.audio[:1]), r"masks\.audio has the shape \[1, .* \[4, "),
 }
@@ -238,6 +248,22 @@ def test_views_and_masks_of_another_size_are_refused(change, message) -> None:
     views, masks = (changed, masks) if isinstance(changed, Views) else (views, changed)
     with pytest.raises(ValueError, match=message):
         build_model(tiny_options(), seed=0).double()(views, masks)
+
+
+def test_a_copy_casts_its_own_weights() -> None:
+    """Red if a copied model goes on with casts of weights that it had before others were loaded."""
+    options, first = tiny_options(), build_model(tiny_options(), seed=1)
+    batch, other = random_batch(options, 2, dtype=torch.float32), copy.deepcopy(build_model(options, seed=0))
+
+    def total(model: torch.nn.Module) -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(*batch).total.item()
+
+    other.load_state_dict(build_model(options, seed=2).state_dict())  # once, as its copies below
+    expected, before = total(first), total(other)
+    for model in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+        model.load_state_dict(first.state_dict())
+        assert total(model) == expected != before
 
 
 def test_every_weight_counts() -> None:

@@ -194,6 +194,7 @@ def traced(device: torch.device, path: Path | None) -> Iterator[None]:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         yield
+    path = path.resolve()
     aside = path.with_name(f"{path.name}.partial")
     try:
         profiler.export_chrome_trace(str(aside))  # tells of no failure
@@ -275,10 +276,11 @@ def profile(
                 kept.count(lambda: step.forward().total)
         with traced(device, trace):
             step()
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"--clips {clips} do not fit into the GPU's memory; name fewer") from error
-    half = config.train.precision != "float32"
-    peak = measured_peak(device, torch.bfloat16 if half else torch.float32, 8192 if device.type == "cuda" else 2048)
+    except RuntimeError as error:  # of a CPU's memory PyTorch tells by words alone
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise UserError(f"--clips {clips} do not fit into the {device.type.upper()}'s memory; name fewer") from error
+        raise
+    peak = measured_peak(device, getattr(torch, config.train.precision), 8192 if device.type == "cuda" else 1024)
     tokens = tokens_of_parts(config.model)
     names = list(dict.fromkeys([*clock.seconds, *counted.flops]))
     no_forward = ("backward", "clip and AdamW", "teacher update")

@@ -50,7 +50,7 @@ def settled(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     batches = measured_steps().get(name, {}).get(precision, {})
     if not batches:
-        reason = f"no step in {precision} has been measured on {'this ' if name == 'cpu' else ''}{name}"
+        reason = f"no set of them is known to be the fastest in {precision} on {'this ' if name == 'cpu' else ''}{name}"
         return replace(options, **off), [*told, f"{', '.join(open_ones)}: off, {reason}"]
     nearest = min(batches, key=lambda each: abs(int(each) - clips))
     for wanted in batches[nearest]:

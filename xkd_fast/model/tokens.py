@@ -25,12 +25,16 @@ def check_views(views: Views, masks: MaskNoise | None, options: ModelOptions) ->
     """Make sure that views and mask noise are those that the options describe, all of one batch.
 
     Raises:
-        ValueError: naming the tensor, its shape or number, and what it should be.
+        ValueError: naming the tensor, its shape, type or number, and what it should be.
     """
     clips: dict[str, VideoOptions | AudioOptions] = {"video": options.video, "audio": options.audio}
     batch = views.batch_size
     for name, clip in clips.items():
         found = getattr(views, f"{name}_locals")
+        for place, view in ((f"{name}_global", getattr(views, f"{name}_global")), *((f"{name}_locals", v) for v in found)):
+            if not (view.is_floating_point() or (name == "video" and view.dtype == torch.uint8)):
+                wanted = "numbers in floating point" + (", or uint8 for grey levels" if name == "video" else "")
+                raise ValueError(f"views.{place} is of {view.dtype}; {wanted} are wanted")
         _require_shape(f"views.{name}_global", getattr(views, f"{name}_global"), (batch, *clip.shape))
         if len(found) != clip.local_views:
             raise ValueError(f"views.{name}_locals holds {len(found)} views, but the model's options say {clip.local_views}")

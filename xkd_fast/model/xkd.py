@@ -46,6 +46,10 @@ class XKD(reference.XKD):
         self._half: HalfCopy | None = None
         self._recorded: RecordedPass | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without what was made of the weights, of which a copy could not tell that it is old: its versions count anew."""
+        return {**self.__dict__, "_half": None, "_recorded": None}
+
     def forward(self, views: Views, masks: MaskNoise | None = None) -> Losses:
         """Losses of one batch. ``masks`` fixes the mask noise, for replay and for exact resume.
 
