@@ -30,18 +30,21 @@ def check_views(views: Views, masks: MaskNoise | None, options: ModelOptions) ->
     clips: dict[str, VideoOptions | AudioOptions] = {"video": options.video, "audio": options.audio}
     batch = views.batch_size
     for name, clip in clips.items():
-        found = getattr(views, f"{name}_locals")
-        for place, view in ((f"{name}_global", getattr(views, f"{name}_global")), *((f"{name}_locals", v) for v in found)):
-            if not (view.is_floating_point() or (name == "video" and view.dtype == torch.uint8)):
-                wanted = "numbers in floating point" + (", or uint8 for grey levels" if name == "video" else "")
-                raise ValueError(f"views.{place} is of {view.dtype}; {wanted} are wanted")
-        _require_shape(f"views.{name}_global", getattr(views, f"{name}_global"), (batch, *clip.shape))
-        if len(found) != clip.local_views:
-            raise ValueError(f"views.{name}_locals holds {len(found)} views, but the model's options say {clip.local_views}")
-        for index, view in enumerate(found):
-            _require_shape(f"views.{name}_locals[{index}]", view, (batch, *clip.local_shape))
+        whole, parts, may_be_bytes = getattr(views, f"{name}_global"), getattr(views, f"{name}_locals"), name == "video"
+        _require_view(f"views.{name}_global", whole, (batch, *clip.shape), may_be_bytes=may_be_bytes)
+        if len(parts) != clip.local_views:
+            raise ValueError(f"views.{name}_locals holds {len(parts)} views, but the model's options say {clip.local_views}")
+        for index, part in enumerate(parts):
+            _require_view(f"views.{name}_locals[{index}]", part, (batch, *clip.local_shape), may_be_bytes=may_be_bytes)
         if masks is not None:
             _require_shape(f"masks.{name}", getattr(masks, name), (batch, clip.tokens))
+
+
+def _require_view(name: str, view: Tensor, shape: tuple[int, ...], *, may_be_bytes: bool) -> None:
+    if not (view.is_floating_point() or (may_be_bytes and view.dtype == torch.uint8)):
+        wanted = "numbers in floating point" + (", or uint8 for grey levels," if may_be_bytes else "")
+        raise ValueError(f"{name} is of {view.dtype}; {wanted} are wanted")
+    _require_shape(name, view, shape)
 
 
 def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
