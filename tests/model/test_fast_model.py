@@ -229,7 +229,7 @@ WRONG_BATCHES = {
     ),
     "whole numbers": (
         lambda v, m: replace(v, video_locals=[v.short() for v in v.video_locals]),
-        r"video_locals is of torch\.int16",
+        r"video_locals\[0\] is of torch\.int16",
     ),
     "a sound of bytes": (
         lambda v, m: replace(v, audio_global=v.audio_global.byte()),
