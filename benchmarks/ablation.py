@@ -20,14 +20,14 @@ from xkd_fast import reference
 from xkd_fast.data.views import MaskNoise, Views
 from xkd_fast.engine.updates import Torch
 from xkd_fast.model import autoencoder, vit, xkd
+from xkd_fast.model.head import directions
 from xkd_fast.model.options import ModelOptions
 from xkd_fast.model.packing import Group, added, heads_of, pack, unpack
-from xkd_fast.model.products import linear, through
+from xkd_fast.model.products import linear
 from xkd_fast.model.switches import SWITCHES
 from xkd_fast.model.tokens import embed
 from xkd_fast.objective.losses import Distilled, Losses
 from xkd_fast.reference import MODALITIES, Decoder, Network
-from xkd_kernels import unit_rows
 from xkd_kernels.unit_rows import EPS
 
 Functions = tuple[tuple[Any, str, Callable[..., Any]], ...]
@@ -201,9 +201,7 @@ def plain_head(head: reference.Head, pooled: Tensor, kernels: str) -> Tensor:
 
 def prototypes_as_they_are(head: reference.Head, pooled: Tensor, kernels: str) -> Tensor:
     """The head with logits divided by the prototypes' lengths, in place of prototypes: no normalised weight is written."""
-    x = F.gelu(head.norm(through(head.linear1, pooled)))
-    x = F.gelu(head.norm(through(head.linear2, x)))
-    x = unit_rows(through(head.linear3, x), backend=kernels)
+    x = directions(head, pooled, kernels)
     lengths = torch.linalg.vector_norm(head.prototypes, dim=1, keepdim=True).clamp_min(EPS)
     logits = reference.wide(linear(x, head.prototypes, None)) * (head.prototype_scale / lengths).T
     return F.layer_norm(logits, (len(head.prototypes),), eps=reference.LAYER_NORM_EPS)

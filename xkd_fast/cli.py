@@ -491,7 +491,7 @@ def profile(arguments: list[str]) -> int:
             raise UserError(f"{option} {path} cannot be written: {path.absolute().parent} is no folder that one may write to")
         if path is not None and path.exists() and not path.is_file():
             raise UserError(f"{option} {path} is a folder, a device or a pipe; name a file")
-    if given.trace is not None and given.json is not None and given.trace.resolve() == given.json.resolve():
+    if given.trace is not None and given.json is not None and os.path.realpath(given.trace) == os.path.realpath(given.json):
         raise UserError(f"--trace and --json both name {given.json}; one would replace the other: name two files")
     console = Console()
     clips = config.train.clips_per_pass(1) if given.clips is None else given.clips

@@ -29,7 +29,7 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
 
     If ``write`` fails, ``path`` stays as it was and nothing is left over. A link stays one: what it names is replaced.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # which does not fail where links run in a circle
     temporary = aside(path)
     try:
         temporary.touch()

@@ -194,7 +194,7 @@ def traced(device: torch.device, path: Path | None) -> Iterator[None]:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         yield
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     aside = path.with_name(f"{path.name}.partial")
     try:
         profiler.export_chrome_trace(str(aside))  # tells of no failure
